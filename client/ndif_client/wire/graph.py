@@ -1,0 +1,203 @@
+"""The intervention graph: nodes as data, in the order the user wrote them.
+
+A node's number is its position in `Graph.nodes`; it may refer only to earlier numbers. Values are
+never changed: an in-place write of the user's (`h[:, -1] = 0`) is recorded as the value after the
+write (`setitem`) followed by a `WriteHook` of it, so a saved value is a snapshot of its moment.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import msgspec
+
+from ndif_client.wire.tensors import DtypeName, TensorSpec
+
+#: Bounds enforced while decoding, before anything is built from a message.
+MAX_NODES = 20_000
+MAX_ARGUMENTS = 4096
+MAX_TEXT = 4096
+MAX_PATH = 512
+MAX_INVOKES = 1024
+MAX_PROMPTS = 1024
+MAX_TOKENS = 1 << 20
+
+Text = Annotated[str, msgspec.Meta(max_length=MAX_TEXT)]
+Path = Annotated[str, msgspec.Meta(max_length=MAX_PATH)]
+Index = Annotated[int, msgspec.Meta(ge=0)]
+
+Port = Literal["input", "output"]
+
+
+class Ref(msgspec.Struct, frozen=True, tag="ref"):
+    """The value of an earlier node."""
+
+    node: Index
+
+
+class Slice(msgspec.Struct, frozen=True, tag="slice"):
+    """`start:stop:step` inside an index."""
+
+    start: int | None = None
+    stop: int | None = None
+    step: int | None = None
+
+
+class Dots(msgspec.Struct, frozen=True, tag="dots"):
+    """`...` inside an index."""
+
+
+class Dtype(msgspec.Struct, frozen=True, tag="dtype"):
+    """A dtype given as an argument."""
+
+    name: DtypeName
+
+
+class Items(msgspec.Struct, frozen=True, tag="items"):
+    """A list or tuple of arguments: an index with several parts, a shape, tensors to concatenate."""
+
+    values: Annotated[list[Argument], msgspec.Meta(max_length=MAX_ARGUMENTS)]
+
+
+Argument = Ref | Slice | Dots | Dtype | Items | None | bool | int | float | Text
+
+
+class HookPoint(msgspec.Struct, frozen=True, order=True):
+    """One place a graph can touch.
+
+    Attributes:
+        path: module path in the model tree, "" for the model itself.
+        port: whether the module's input or its output is meant.
+        leaf: which tensor of it: "" for a single tensor, "0" or "1.0" for items of a tuple,
+            "logits" for a field, "args.0" or "kwargs.hidden_states" for inputs.
+        call: which call of the module in one forward, counted from 0.
+    """
+
+    path: Path
+    port: Port
+    leaf: Path = ""
+    call: Index = 0
+
+    def __str__(self) -> str:
+        place = f"{self.path or 'model'}.{self.port}"
+        place += f"[{self.leaf}]" if self.leaf else ""
+        return f"{place} (call {self.call})" if self.call else place
+
+
+class Source(msgspec.Struct, frozen=True):
+    """Where in the user's program a node was written."""
+
+    file: Text
+    line: int
+    text: Text = ""
+
+    def __str__(self) -> str:
+        place = f"{self.file}:{self.line}"
+        return f"{place}: {self.text}" if self.text else place
+
+
+class ReadHook(msgspec.Struct, frozen=True, tag="read"):
+    """The value at a hook point: the rows of one invoke, as if it ran alone."""
+
+    hook: HookPoint
+    invoke: Index = 0
+
+
+class WriteHook(msgspec.Struct, frozen=True, tag="write"):
+    """Put a value at a hook point; the model goes on with it.
+
+    The value is broadcast to the shape of the hook point's own and cast to its dtype.
+    """
+
+    hook: HookPoint
+    value: Argument
+    invoke: Index = 0
+
+
+class Apply(msgspec.Struct, frozen=True, tag="apply"):
+    """An operation of the catalogue."""
+
+    op: Path
+    args: Annotated[list[Argument], msgspec.Meta(max_length=MAX_ARGUMENTS)] = []
+    kwargs: Annotated[dict[Path, Argument], msgspec.Meta(max_length=64)] = {}
+
+
+class CallModule(msgspec.Struct, frozen=True, tag="module"):
+    """A module of the model applied to values; hook points inside it do not fire."""
+
+    path: Path
+    args: Annotated[list[Argument], msgspec.Meta(max_length=64)] = []
+    kwargs: Annotated[dict[Path, Argument], msgspec.Meta(max_length=64)] = {}
+
+
+class Parameter(msgspec.Struct, frozen=True, tag="parameter"):
+    """A parameter or buffer of the model, whole and read-only."""
+
+    path: Path
+
+
+class Constant(msgspec.Struct, frozen=True, tag="constant"):
+    """A tensor the client sent along."""
+
+    tensor: TensorSpec
+
+
+class Save(msgspec.Struct, frozen=True, tag="save"):
+    """Send a value back; it is found by this node's number, and by `name` where one is given."""
+
+    value: Ref
+    name: Text | None = None
+
+
+Node = ReadHook | WriteHook | Apply | CallModule | Parameter | Constant | Save
+
+
+class Graph(msgspec.Struct, frozen=True):
+    """The nodes of one request in program order, and where each was written.
+
+    `at[i]` is the position in `sources` of the line that made node i.
+    """
+
+    nodes: Annotated[list[Node], msgspec.Meta(max_length=MAX_NODES)] = []
+    sources: Annotated[list[Source], msgspec.Meta(max_length=MAX_NODES)] = []
+    at: Annotated[list[Index], msgspec.Meta(max_length=MAX_NODES)] = []
+
+    def source_of(self, node: int) -> Source | None:
+        """Return the user's line that made `node`, if the client recorded it."""
+        if node >= len(self.at) or self.at[node] >= len(self.sources):
+            return None
+        return self.sources[self.at[node]]
+
+
+class Invoke(msgspec.Struct, frozen=True):
+    """The prompts of one invoke: each a text or a list of token ids."""
+
+    prompts: Annotated[
+        list[
+            Annotated[str, msgspec.Meta(max_length=4 << 20)]
+            | Annotated[list[Index], msgspec.Meta(max_length=MAX_TOKENS)]
+        ],
+        msgspec.Meta(min_length=1, max_length=MAX_PROMPTS),
+    ]
+
+
+def references(node: Node) -> list[int]:
+    """Return the numbers of the nodes that `node` uses, in order, repetitions included."""
+    found: list[int] = []
+
+    def visit(argument: Argument) -> None:
+        if isinstance(argument, Ref):
+            found.append(argument.node)
+        elif isinstance(argument, Items):
+            for value in argument.values:
+                visit(value)
+
+    match node:
+        case WriteHook(value=value) | Save(value=value):
+            visit(value)
+        case Apply(args=args, kwargs=kwargs) | CallModule(args=args, kwargs=kwargs):
+            for value in (*args, *kwargs.values()):
+                visit(value)
+        case _:
+            pass
+    return found
