@@ -1,10 +1,10 @@
 """Every error of the server, by whose fault it is.
 
-    ServerError
-    |-- RequestError     the request can't be served as it is; carries the `Fault` its author sees
-    |-- ModelError       this model can't be served as asked (heads, plan, files)
-    |-- ReplicaLost      a shard died or stalled; the replica restarts
-    `-- LaunchError      processes could not be started or joined
+ServerError
+|-- RequestError     the request can't be served as it is; carries the `Fault` its author sees
+|-- ModelError       this model can't be served as asked (heads, plan, files)
+|-- ReplicaLost      a shard died or stalled; the replica restarts
+`-- LaunchError      processes could not be started or joined
 """
 
 from __future__ import annotations

@@ -79,7 +79,7 @@ class HookPoint(msgspec.Struct, frozen=True, order=True):
     call: Index = 0
 
     def __str__(self) -> str:
-        place = f"{self.path or 'model'}.{self.port}"
+        place = f"{self.path}.{self.port}" if self.path else self.port
         place += f"[{self.leaf}]" if self.leaf else ""
         return f"{place} (call {self.call})" if self.call else place
 

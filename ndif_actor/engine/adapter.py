@@ -1,0 +1,187 @@
+"""The one module that touches transformers' model classes.
+
+It builds a causal language model without weights (on the meta device) or with this rank's shard of
+them, and runs its forward on packed or padded rows. Sharding is transformers' own `tp_plan`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.distributed import DistributedConfig
+from transformers.utils import logging as transformers_logging
+
+from ndif_actor.engine.attention import IMPLEMENTATION
+from ndif_actor.errors import ModelError
+
+_DTYPES = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """Return the dtype of that name.
+
+    Raises:
+        ModelError: models are not served in a dtype of that name.
+    """
+    if name not in _DTYPES:
+        raise ModelError(f"dtype {name!r} can't be served; choose one of {', '.join(_DTYPES)}")
+    return _DTYPES[name]
+
+
+def load_config(folder: Path) -> PreTrainedConfig:
+    """Read the configuration of the model in `folder`; no code of the folder is run."""
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except (ValueError, OSError, KeyError) as error:
+        raise ModelError(f"{folder} has no model transformers knows: {error}") from error
+
+
+def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """Return the part of a configuration that describes the language model."""
+    text: PreTrainedConfig = config.get_text_config(decoder=True)
+    return text
+
+
+def config_dtype(config: PreTrainedConfig) -> str:
+    """Return the dtype the weights were stored in."""
+    dtype = getattr(config, "dtype", None) or torch.float32
+    return str(dtype).removeprefix("torch.")
+
+
+def build_without_weights(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """Build the model on the meta device: every module and shape, no weights.
+
+    Raises:
+        ModelError: the architecture is no causal language model of transformers.
+    """
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, attn_implementation=IMPLEMENTATION
+            )
+    except ValueError as error:
+        raise ModelError(f"{config.model_type} can't be built: {error}") from error
+    # Of the ways to run experts, only this one has shapes that don't depend on the routing.
+    if model.get_experts_implementation()[""] is not None:
+        model.set_experts_implementation("batched_mm")
+    return _frozen(model)
+
+
+def check_tensor_parallel(model: PreTrainedModel, world_size: int) -> None:
+    """Check that `world_size` shards can hold this model, before any weight is read.
+
+    Raises:
+        ModelError: the family has no plan in transformers, or a head count is not divisible.
+    """
+    if world_size == 1:
+        return
+    config = text_config(model.config)
+    family = f"{type(model).__name__} ({config.model_type})"
+    if not model.tp_plan:
+        raise ModelError(
+            f"{family} has no tensor-parallel plan in transformers, so it is served with --tp 1 "
+            f"only, not --tp {world_size}"
+        )
+    heads = config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    for count, what in ((heads, "attention heads"), (kv_heads, "key/value heads")):
+        if count % world_size:
+            degrees = [n for n in range(1, heads + 1) if heads % n == 0 and kv_heads % n == 0]
+            raise ModelError(
+                f"{family} has {count} {what}, which --tp {world_size} does not divide; "
+                f"possible degrees: {', '.join(map(str, degrees))}"
+            )
+
+
+def load_shard(
+    folder: Path, dtype: torch.dtype, device: torch.device, world_size: int
+) -> PreTrainedModel:
+    """Load this rank's slice of the weights; torch.distributed is up when `world_size` > 1.
+
+    Raises:
+        ModelError: weights are missing, or stored in a format that can run code.
+    """
+    transformers_logging.disable_progress_bar()
+    config = load_config(folder)
+    options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "local_files_only": True}
+    if world_size > 1:
+        # A replicated embedding needs no DTensor on its way and shows plain hook points.
+        plan = _embedding_plan(config)
+        options["distributed_config"] = DistributedConfig(tp_size=world_size, tp_plan=plan)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, trust_remote_code=False, attn_implementation=IMPLEMENTATION, **options
+        )
+    except (OSError, ValueError) as error:
+        raise ModelError(f"the weights in {folder} can't be loaded: {error}") from error
+    return _frozen(model.to(device) if world_size == 1 else model)
+
+
+def run_packed(model: PreTrainedModel, input_ids: torch.Tensor, position_ids: torch.Tensor) -> Any:
+    """Run the model on one packed row; attention keeps to the segments it is `attending` to.
+
+    Args:
+        input_ids: `[1, T]`, int64.
+        position_ids: `[1, T]`, starting anew in each segment.
+    """
+    # A mask of four dimensions passes through transformers as it is; with none at all, it would
+    # search the positions for packed sequences and wait for the device at each forward.
+    mask = input_ids.new_zeros(1, 1, 1, 1)
+    return _run(model, input_ids, position_ids, mask)
+
+
+def run_padded(
+    model: PreTrainedModel,
+    input_ids: torch.Tensor,
+    position_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+) -> Any:
+    """Run the model on an ordinary left-padded batch.
+
+    Args:
+        input_ids: `[batch, sequence]`, int64; `position_ids` likewise.
+        attention_mask: `[batch, sequence]`, 1 for real tokens and 0 for padding.
+    """
+    return _run(model, input_ids, position_ids, attention_mask)
+
+
+def _run(
+    model: PreTrainedModel, input_ids: torch.Tensor, position_ids: torch.Tensor, mask: torch.Tensor
+) -> Any:
+    known = inspect.signature(model.forward).parameters
+    options = {"position_ids": position_ids, "attention_mask": mask, "use_cache": False}
+    return model(input_ids=input_ids, **{k: v for k, v in options.items() if k in known})
+
+
+def shard_factors(model: PreTrainedModel) -> dict[str, int]:
+    """How many parts are fused in the output of each module that the plan shards packed."""
+    factors = {}
+    for pattern, style in (model.tp_plan or {}).items():
+        if style == "packed_colwise":
+            regex = re.compile(pattern.replace(".", r"\.").replace("*", r"\d+"))
+            factors |= {name: 2 for name, _ in model.named_modules() if regex.fullmatch(name)}
+    return factors
+
+
+def _embedding_plan(config: PreTrainedConfig) -> dict[str, str] | None:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    embedding = model.get_input_embeddings()
+    names = [name for name, module in model.named_modules() if module is embedding]
+    return {names[0]: "replicate"} if names else None
+
+
+def _frozen(model: PreTrainedModel) -> PreTrainedModel:
+    model.eval()
+    model.requires_grad_(False)
+    return model

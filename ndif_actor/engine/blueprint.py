@@ -1,0 +1,101 @@
+"""A model without weights: what admission needs to check and price a request.
+
+Owned by the coordinator; the shards build the same one, so both agree on every hook point.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from ndif_actor.engine import adapter, shapes, tree
+from ndif_actor.engine.hookpoints import HookTable, discover
+from ndif_actor.engine.program import Program, compile_graph, graph_fault
+from ndif_actor.engine.shapes import Price
+from ndif_actor.errors import ModelError
+from ndif_client.wire.graph import Constant, Graph
+from ndif_client.wire.messages import ModelTree
+from ndif_client.wire.tensors import check_buffer
+
+
+class Blueprint:
+    """The modules, hook points and full shapes of a model.
+
+    Attributes:
+        model: the model on the meta device.
+        table: its hook points.
+        config_dtype: dtype its weights were stored in.
+        max_positions: longest prompt it can take, in tokens.
+        vocab_size: number of token ids it knows.
+    """
+
+    def __init__(self, model: PreTrainedModel, world_size: int) -> None:
+        self.model = model
+        self.world_size = world_size
+        self.table: HookTable = discover(model)
+        if world_size > 1 and self.table.unpackable is not None:
+            raise ModelError(
+                f"{type(model).__name__} is served with --tp 1 only: {self.table.unpackable}"
+            )
+        config = adapter.text_config(model.config)
+        self.config_dtype = adapter.config_dtype(model.config)
+        self.max_positions: int = getattr(config, "max_position_embeddings", None) or 1 << 20
+        self.vocab_size: int = config.vocab_size
+
+    @classmethod
+    def load(cls, folder: Path, dtype: str, world_size: int) -> Blueprint:
+        """Build the blueprint of the model in `folder`.
+
+        Args:
+            folder: with a config.json.
+            dtype: "float32", ..., or "auto" for the one its weights were stored in.
+            world_size: number of shards, checked against the model's heads and plan.
+
+        Raises:
+            ModelError: the model can't be served, or not with that many shards.
+        """
+        config = adapter.load_config(folder)
+        name = adapter.config_dtype(config) if dtype == "auto" else dtype
+        model = adapter.build_without_weights(config, adapter.torch_dtype(name))
+        adapter.check_tensor_parallel(model, world_size)
+        return cls(model, world_size)
+
+    def tree(self, *, model_id: str, device: str, unpackable: str | None) -> ModelTree:
+        """Describe the model to clients; `unpackable` is what the shards found out, if anything."""
+        return tree.build_tree(
+            self.model,
+            self.table,
+            model_id=model_id,
+            device=device,
+            tensor_parallel=self.world_size,
+            unpackable=unpackable or self.table.unpackable,
+        )
+
+    def check(
+        self, graph: Graph, lengths: Sequence[Sequence[int]], buffers: list[memoryview]
+    ) -> Price:
+        """Check that a graph can run on prompts of these lengths, and price it.
+
+        Args:
+            graph: as it came.
+            lengths: tokens of each prompt, per invoke.
+            buffers: the bytes of its constants.
+
+        Raises:
+            RequestError: it can never run; the fault names the node and the user's line.
+        """
+        for number, node in enumerate(graph.nodes):
+            if isinstance(node, Constant):
+                try:
+                    check_buffer(node.tensor, buffers)
+                except ValueError as error:
+                    raise graph_fault(graph, number, str(error)) from None
+        program = self.compile(graph, len(lengths))
+        values = shapes.infer(program, self.model, lengths)
+        return shapes.price(program, values, lengths)
+
+    def compile(self, graph: Graph, num_invokes: int) -> Program:
+        """Order a graph's nodes along the forward; see `compile_graph`."""
+        return compile_graph(graph, self.table, num_invokes)

@@ -1,0 +1,181 @@
+"""One group's program while a forward runs: its values, its rows, and its failure if it fails."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ndif_actor.engine import ops, shapes
+from ndif_actor.engine.batch import Rows, padding_mask
+from ndif_actor.engine.hookpoints import MASK
+from ndif_actor.engine.program import Program
+from ndif_actor.engine.sharded import ShardedModel
+from ndif_client.wire.catalogue import CATALOGUE
+from ndif_client.wire.graph import (
+    Apply,
+    CallModule,
+    Constant,
+    Node,
+    Parameter,
+    ReadHook,
+    Ref,
+    Save,
+    WriteHook,
+)
+from ndif_client.wire.messages import Fault
+from ndif_client.wire.tensors import check_buffer
+
+if TYPE_CHECKING:
+    from ndif_actor.engine.interleaver import LiveMoment
+
+#: Called with the node, its number and its value.
+Saved = Callable[[Save, int, ops.Value], None]
+
+#: After these the device, not the request, is in trouble.
+_FATAL = (torch.OutOfMemoryError, torch.AcceleratorError)
+
+
+class Execution:
+    """Runs one program on its own rows.
+
+    Args:
+        program: what to run.
+        rows: the rows of each invoke.
+        model: this rank's shard.
+        buffers: the bytes of the program's constants.
+        save: called with each saved value, which it must copy at once.
+        infer: gives the meta value of each node; asked only after a failure.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        rows: Sequence[Rows],
+        model: ShardedModel,
+        buffers: list[memoryview],
+        save: Saved,
+        infer: Callable[[], list[Any]],
+    ) -> None:
+        self.program = program
+        self.fault: Fault | None = None
+        self.pause_hooks: Callable[[], AbstractContextManager[None]] = nullcontext
+        self._rows = rows
+        self._model = model
+        self._buffers = buffers
+        self._save = save
+        self._infer = infer
+        self._shapes: list[Any] | None = None
+        self._values: dict[int, Any] = {}
+
+    def run(self, order: int, moment: LiveMoment | None) -> None:
+        """Run the nodes of one moment of the forward."""
+        made: list[int] = []
+        for number in self.program.steps.get(order, ()):
+            node = self.program.graph.nodes[number]
+            if self.fault is not None:
+                self._keep_in_step(number, node, moment)
+                continue
+            try:
+                value = self._run(number, node, moment)
+            except _FATAL:
+                raise
+            except (RuntimeError, TypeError, ValueError, LookupError, NotImplementedError) as error:
+                self._fail(number, node, error)
+                continue
+            if value is not None:
+                self._values[number] = value
+                made.append(number)
+            for dead in self.program.dies[number]:
+                self._values.pop(dead, None)
+        self._own(made)
+
+    def _run(self, number: int, node: Node, moment: LiveMoment | None) -> Any:
+        match node:
+            case ReadHook():
+                return self._read(node, moment)
+            case WriteHook():
+                self._write(node, moment)
+                return None
+            case Apply(op=name):
+                args, kwargs = shapes.arguments(node, self._values.__getitem__)
+                return ops.apply(CATALOGUE[name], args, kwargs, self._model.device)
+            case CallModule():
+                args, kwargs = shapes.arguments(node, self._values.__getitem__)
+                with self.pause_hooks():
+                    return self._model.call(node.path, args, kwargs)
+            case Parameter(path=path):
+                return self._model.parameter(path)
+            case Constant(tensor=spec):
+                raw = torch.frombuffer(
+                    check_buffer(spec, self._buffers), dtype=getattr(torch, spec.dtype)
+                )
+                return raw.reshape(spec.shape).to(self._model.device)
+            case Save(value=Ref(node=saved)):
+                self._save(node, number, self._values[saved])
+                return None
+
+    def _own(self, made: list[int]) -> None:
+        """Copy what outlives this moment: it may be a view of the batch the model goes on with."""
+        for number in made:
+            node = self.program.graph.nodes[number]
+            if number in self.program.outlives and not isinstance(node, Constant | Parameter):
+                self._values[number] = _copied(self._values[number])
+
+    def _read(self, node: ReadHook, moment: LiveMoment | None) -> torch.Tensor:
+        assert moment is not None
+        rows = self._rows[node.invoke]
+        if node.hook == MASK:
+            return padding_mask(rows.lengths, self._model.device)
+        site = self.program.sites[node.hook]
+        mine = self._model.whole(node.hook, rows.read(moment.tensor(node.hook.leaf), site))
+        return mine.clone() if moment.is_written(node.hook.leaf) else mine
+
+    def _write(self, node: WriteHook, moment: LiveMoment | None) -> None:
+        assert moment is not None
+        site = self.program.sites[node.hook]
+        rows = self._rows[node.invoke]
+        value = ops.resolve(node.value, self._values.__getitem__)
+        shape = site.shape_for(len(rows.lengths), max(rows.lengths))
+        whole = torch.as_tensor(value, device=self._model.device).expand(shape)
+        target = moment.writable(node.hook.leaf)
+        rows.write(target, site, self._model.slice(node.hook, whole))
+
+    def _fail(self, number: int, node: Node, error: Exception) -> None:
+        graph = self.program.graph
+        self.fault = Fault(
+            kind="execution",
+            message=shapes.failure(node, error),
+            node=number,
+            hook=str(node.hook) if isinstance(node, ReadHook | WriteHook) else None,
+            source=graph.source_of(number),
+        )
+        self._values.clear()
+
+    def _keep_in_step(self, number: int, node: Node, moment: LiveMoment | None) -> None:
+        """Join the collectives of a node whose group has failed, with values that mean nothing."""
+        if not self._model.is_sharded:
+            return
+        if isinstance(node, ReadHook) and node.hook != MASK:
+            self._read(node, moment)
+        elif isinstance(node, Parameter):
+            self._model.parameter(node.path)
+        elif isinstance(node, CallModule):
+            if self._shapes is None:
+                self._shapes = self._infer()
+            known = self._shapes
+            args, kwargs = shapes.arguments(node, lambda n: _zeros(known[n], self._model.device))
+            with self.pause_hooks():
+                self._model.call(node.path, args, kwargs)
+
+
+def _copied(value: Any) -> Any:
+    return tuple(map(_copied, value)) if isinstance(value, tuple) else value.clone()
+
+
+def _zeros(value: Any, device: torch.device) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_zeros(item, device) for item in value)
+    return torch.zeros(value.shape, dtype=value.dtype, device=device)

@@ -1,0 +1,261 @@
+"""Which hook points a model has, when each fires, and which of its axes hold the tokens.
+
+Found by running the model without weights on the meta device, at sizes that tell the axes apart,
+and noting every tensor that enters or leaves a module. Nothing is assumed from module names.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import msgspec
+import torch
+from transformers import PreTrainedModel
+
+from ndif_actor.engine import adapter, leaves
+from ndif_actor.engine.attention import Segments, attending
+from ndif_actor.errors import ModelError
+from ndif_client.wire.graph import HookPoint, Port
+
+#: (batch, sequence) of the two padded runs, and T of the two packed ones: all different, so that
+#: a size names its axis.
+_PADDED = ((2, 5), (3, 7))
+_PACKED = (11, 13)
+
+#: The padding of a request whose prompts differ in length; readable, never written.
+MASK = HookPoint("", "input", "kwargs.attention_mask")
+
+
+class Moment(msgspec.Struct, frozen=True):
+    """One firing of a module's input or output in a forward."""
+
+    path: str
+    port: Port
+    call: int
+
+
+class Site(msgspec.Struct, frozen=True, kw_only=True):
+    """What is known of one hook point.
+
+    Attributes:
+        order: position of its moment in the forward.
+        shape: as one user sees it: integers, "batch", "sequence" or "batch*sequence".
+        batch_axis: axis of the prompts, None where batch and sequence are one axis.
+        token_axis: axis of the tokens (of both, where they are one).
+        packed_shape: as it is in a packed row, with "T" for the tokens; None where a packed row
+            has no such tensor.
+    """
+
+    point: HookPoint
+    order: int
+    shape: tuple[int | str, ...]
+    dtype: torch.dtype
+    batch_axis: int | None
+    token_axis: int
+    packed_shape: tuple[int | str, ...] | None
+
+    def shape_for(self, batch: int, sequence: int) -> tuple[int, ...]:
+        """Return the shape one user sees for that many prompts of that many tokens."""
+        sizes = {"batch": batch, "sequence": sequence, "batch*sequence": batch * sequence}
+        return tuple(sizes[n] if isinstance(n, str) else n for n in self.shape)
+
+
+class HookTable(msgspec.Struct, frozen=True):
+    """All hook points of a model.
+
+    Attributes:
+        sites: by hook point, in firing order.
+        moments: position of each moment in the forward.
+        attention: paths of the modules that attend.
+        unpackable: why the model can't run on a packed row, or None.
+    """
+
+    sites: dict[HookPoint, Site]
+    moments: dict[Moment, int]
+    attention: frozenset[str]
+    unpackable: str | None
+
+    def find(self, point: HookPoint) -> Site:
+        """Return the site of `point`.
+
+        Raises:
+            LookupError: there is none; the message says what there is instead.
+        """
+        site = self.sites.get(point)
+        if site is None:
+            raise LookupError(self._explain(point))
+        return site
+
+    def _explain(self, point: HookPoint) -> str:
+        paths = {p.path for p in self.sites}
+        if point.path not in paths:
+            near = difflib.get_close_matches(point.path, sorted(paths), n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            return f"{point}: no module {point.path!r} is called in a forward{hint}"
+        same = [p for p in self.sites if p.path == point.path and p.port == point.port]
+        calls = {p.call for p in same}
+        if same and point.call not in calls:
+            return f"{point}: the module is called {len(calls)} time(s) in a forward"
+        offered = ", ".join(repr(p.leaf) for p in same if p.call == point.call) or "none"
+        return f"{point}: no such tensor; its {point.port} offers the leaves {offered}"
+
+
+def discover(model: PreTrainedModel) -> HookTable:
+    """Find the hook points of a model built without weights.
+
+    Raises:
+        ModelError: the model can't run without weights, so its shapes can't be known beforehand.
+    """
+    try:
+        padded = [_record(model, lambda b=b, s=s: _run_padded(model, b, s)) for b, s in _PADDED]
+    except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
+        kind = type(model).__name__
+        raise ModelError(f"{kind} can't be traced without weights: {error}") from error
+    try:
+        packed = [_record(model, lambda t=t: _run_packed(model, t)) for t in _PACKED]
+        unpackable = None
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        packed, unpackable = [], f"its forward fails on a packed row: {error}"
+    return _table(padded, packed, unpackable, _attention_paths(model))
+
+
+_Recording = dict[Moment, dict[str, torch.Tensor]]
+
+
+def _table(
+    padded: list[_Recording],
+    packed: list[_Recording],
+    unpackable: str | None,
+    attention: frozenset[str],
+) -> HookTable:
+    first, second = padded
+    moments = {moment: order for order, moment in enumerate(m for m in first if m in second)}
+    sites = {}
+    for moment, order in moments.items():
+        for leaf, tensor in first[moment].items():
+            if leaf not in second[moment]:
+                continue
+            point = HookPoint(moment.path, moment.port, leaf, moment.call)
+            shape = _symbolic(tensor.shape, second[moment][leaf].shape)
+            site = shape and _site(point, order, shape, tensor.dtype, packed, moment)
+            if site is not None and (packed == [] or site.packed_shape or point == MASK):
+                sites[point] = site
+    return HookTable(sites, moments, attention, unpackable)
+
+
+def _site(
+    point: HookPoint,
+    order: int,
+    shape: tuple[int | str, ...],
+    dtype: torch.dtype,
+    packed: list[_Recording],
+    moment: Moment,
+) -> Site | None:
+    axes = [axis for axis, size in enumerate(shape) if isinstance(size, str)]
+    match [shape[axis] for axis in axes]:
+        case ["batch", "sequence"]:
+            batch_axis, token_axis = axes
+        case ["batch*sequence"]:
+            batch_axis, token_axis = None, axes[0]
+        case _:
+            return None
+    return Site(
+        point=point,
+        order=order,
+        shape=shape,
+        dtype=dtype,
+        batch_axis=batch_axis,
+        token_axis=token_axis,
+        packed_shape=_packed_shape(packed, moment, point.leaf, token_axis),
+    )
+
+
+def _symbolic(first: torch.Size, second: torch.Size) -> tuple[int | str, ...] | None:
+    """Name the axes whose sizes differ between the two padded runs, or None if that fails."""
+    (b0, s0), (b1, s1) = _PADDED
+    names = {(b0, b1): "batch", (s0, s1): "sequence", (b0 * s0, b1 * s1): "batch*sequence"}
+    if len(first) != len(second):
+        return None
+    shape: list[int | str] = []
+    for pair in zip(first, second, strict=True):
+        if pair[0] != pair[1] and pair not in names:
+            return None
+        shape.append(pair[0] if pair[0] == pair[1] else names[pair])
+    return tuple(shape)
+
+
+def _packed_shape(
+    packed: list[_Recording], moment: Moment, leaf: str, token_axis: int
+) -> tuple[int | str, ...] | None:
+    found = [run[moment][leaf].shape for run in packed if leaf in run.get(moment, {})]
+    if len(found) != len(_PACKED) or len(found[0]) != len(found[1]):
+        return None
+    varying = [axis for axis, sizes in enumerate(zip(*found, strict=True)) if len(set(sizes)) > 1]
+    if varying != [token_axis] or found[0][token_axis] != _PACKED[0]:
+        return None
+    return tuple("T" if axis == token_axis else size for axis, size in enumerate(found[0]))
+
+
+# ---------------------------------------------------------------- running and recording
+
+
+def _record(model: PreTrainedModel, run: Callable[[], Any]) -> _Recording:
+    recording: _Recording = {}
+    with recording_moments(model, recording), torch.no_grad():
+        run()
+    return recording
+
+
+@contextmanager
+def recording_moments(model: torch.nn.Module, into: _Recording) -> Iterator[None]:
+    """Within the block, note in `into` every tensor that enters or leaves a module, in order."""
+    calls: Counter[tuple[str, Port]] = Counter()
+
+    def note(path: str, port: Port, structure: Any) -> None:
+        moment = Moment(path, port, calls[path, port])
+        calls[path, port] += 1
+        into[moment] = dict(leaves.walk(structure))
+
+    with ExitStack() as stack:
+        for path, module in model.named_modules():
+            stack.enter_context(_hooked(path, module, note))
+        yield
+
+
+@contextmanager
+def _hooked(
+    path: str, module: torch.nn.Module, note: Callable[[str, Port, Any], None]
+) -> Iterator[None]:
+    before = module.register_forward_pre_hook(
+        lambda _, args, kwargs: note(path, "input", leaves.inputs(args, kwargs)), with_kwargs=True
+    )
+    after = module.register_forward_hook(lambda _, args, output: note(path, "output", output))
+    try:
+        yield
+    finally:
+        before.remove()
+        after.remove()
+
+
+def _run_padded(model: PreTrainedModel, batch: int, sequence: int) -> None:
+    ids = torch.zeros(batch, sequence, dtype=torch.long, device="meta")
+    with attending(None):
+        adapter.run_padded(model, ids, ids.clone(), ids.clone())
+
+
+def _run_packed(model: PreTrainedModel, tokens: int) -> None:
+    ids = torch.zeros(1, tokens, dtype=torch.long, device="meta")
+    with attending([Segments(0, 1, tokens)]):
+        adapter.run_packed(model, ids, ids.clone())
+
+
+def _attention_paths(model: PreTrainedModel) -> frozenset[str]:
+    ids = torch.zeros(1, 2, dtype=torch.long, device="meta")
+    with attending(None) as record, torch.no_grad():
+        adapter.run_padded(model, ids, ids.clone(), ids.clone())
+    attended = set(map(id, record.modules))
+    return frozenset(path for path, module in model.named_modules() if id(module) in attended)

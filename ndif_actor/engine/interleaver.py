@@ -1,0 +1,133 @@
+"""Where a hook point is executed: the programs of all groups, woken inside one forward.
+
+Each moment that any program needs is hooked. When it comes, the groups that wait for it run their
+nodes, in the order the groups joined, each on a view of its own rows. A group whose node fails is
+marked failed and stays silent; the forward and its neighbours go on. Which collectives run, and
+in which order, follows from the programs alone, so all shards stay in step.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+
+from ndif_actor.engine import leaves
+from ndif_actor.engine.execution import Execution
+from ndif_actor.engine.hookpoints import HookTable, Moment
+from ndif_actor.engine.program import BEFORE_FORWARD
+from ndif_client.wire.graph import Port
+
+
+class ForwardComplete(BaseException):
+    """Raised inside a forward when no program needs more of it; not an error."""
+
+
+class Interleaver:
+    """Runs the executions of one pass at their moments."""
+
+    def __init__(self, model: torch.nn.Module, table: HookTable, groups: list[Execution]) -> None:
+        self._model = model
+        self._groups = groups
+        self._orders = {
+            moment: table.moments[moment] for group in groups for moment in group.program.moments()
+        }
+        self._last = max((group.program.last for group in groups), default=BEFORE_FORWARD)
+        self._calls: Counter[tuple[str, Port]] = Counter()
+        self._paused = False
+
+    @property
+    def needs_forward(self) -> bool:
+        """Whether any program waits for something of the forward."""
+        return self._last > BEFORE_FORWARD
+
+    def begin(self) -> None:
+        """Run the nodes that need nothing from the forward."""
+        for group in self._groups:
+            group.run(BEFORE_FORWARD, None)
+
+    @contextmanager
+    def hooked(self) -> Iterator[None]:
+        """Within the block, forwards of the model wake the programs.
+
+        The block ends early, and quietly, after the last moment that any program needs.
+        """
+        ports = {(moment.path, moment.port) for moment in self._orders}
+        with ExitStack() as stack:
+            for path, port in ports:
+                handle = self._hook(self._model.get_submodule(path), path, port)
+                stack.callback(handle.remove)
+            for group in self._groups:
+                group.pause_hooks = self._pause
+            try:
+                yield
+            except ForwardComplete:
+                pass
+
+    def _hook(self, module: torch.nn.Module, path: str, port: Port) -> Any:
+        if port == "input":
+
+            def before(_: Any, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+                changed = self._wake(path, port, leaves.inputs(args, kwargs))
+                return None if changed is None else (changed["args"], changed["kwargs"])
+
+            return module.register_forward_pre_hook(before, with_kwargs=True)
+        return module.register_forward_hook(lambda _, args, output: self._wake(path, port, output))
+
+    def _wake(self, path: str, port: Port, structure: Any) -> Any:
+        """Run what waits for this moment; return the changed structure, or None if unchanged."""
+        if self._paused:
+            return None
+        moment = Moment(path, port, self._calls[path, port])
+        self._calls[path, port] += 1
+        order = self._orders.get(moment)
+        if order is None:
+            return None
+        here = LiveMoment(structure)
+        for group in self._groups:
+            group.run(order, here)
+        if order == self._last:
+            raise ForwardComplete
+        return here.structure if here.changed else None
+
+    @contextmanager
+    def _pause(self) -> Iterator[None]:
+        """Within the block, modules called by a program's own node wake nobody."""
+        self._paused = True
+        try:
+            yield
+        finally:
+            self._paused = False
+
+
+class LiveMoment:
+    """The tensors at one moment of the running forward.
+
+    The first write to a tensor copies it, so that reads made before, and other holders of the same
+    memory in the model (a residual stream, an identity dropout), don't see the write.
+    """
+
+    def __init__(self, structure: Any) -> None:
+        self.structure = structure
+        self.changed = False
+        self._copied: set[str] = set()
+
+    def tensor(self, leaf: str) -> torch.Tensor:
+        """Return the tensor at `leaf`, to be read."""
+        found: torch.Tensor = leaves.get(self.structure, leaf)
+        return found
+
+    def writable(self, leaf: str) -> torch.Tensor:
+        """Return the tensor at `leaf`, to be written in place."""
+        if leaf not in self._copied:
+            self.structure = leaves.replace(self.structure, leaf, self.tensor(leaf).clone())
+            self._copied.add(leaf)
+            self.changed = True
+        return self.tensor(leaf)
+
+    def is_written(self, leaf: str) -> bool:
+        """Whether a later write may change what was read from `leaf` in place."""
+        return leaf in self._copied

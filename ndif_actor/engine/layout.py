@@ -1,0 +1,125 @@
+"""How a tensor of the model lies across the shards, and how one group's rows become whole.
+
+Learned once, at load, by comparing the local shape of every hook point with its full one. Only
+rows that a live program reads are gathered, over a communicator of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import msgspec
+import torch
+import torch.distributed as dist
+
+from ndif_actor.engine.hookpoints import Moment, Site
+from ndif_actor.errors import ModelError
+from ndif_client.wire.graph import HookPoint
+
+
+class Sharded(msgspec.Struct, frozen=True):
+    """A tensor whose `axis` is divided among the ranks.
+
+    Attributes:
+        axis: negative, so that it holds with and without leading axes.
+        sizes: of each rank's slice.
+        parts: how many tensors are fused along the axis, each divided by itself.
+    """
+
+    axis: int
+    sizes: tuple[int, ...]
+    parts: int = 1
+
+
+class ShardGroup:
+    """This rank among the shards of its replica, and the communicator for gathering rows."""
+
+    def __init__(self, rank: int, world_size: int) -> None:
+        self.rank = rank
+        self.world_size = world_size
+        # Not the model's own: a gather must never queue behind or between its collectives.
+        self._group = dist.new_group() if world_size > 1 else None
+
+    def gather(self, local: torch.Tensor, layout: Sharded) -> torch.Tensor:
+        """Return the whole of a tensor of which `local` is this rank's slice."""
+        axis = local.dim() + layout.axis
+        largest = max(layout.sizes)
+        mine = local.movedim(axis, 0).contiguous()
+        if mine.shape[0] < largest:
+            mine = torch.cat([mine, mine.new_zeros(largest - mine.shape[0], *mine.shape[1:])])
+        gathered = mine.new_empty(self.world_size, *mine.shape)
+        dist.all_gather_into_tensor(gathered.view(-1, *mine.shape[1:]), mine, group=self._group)
+        slices = [gathered[rank, :size] for rank, size in enumerate(layout.sizes)]
+        return _interleave(slices, layout.parts).movedim(0, axis)
+
+    def slice(self, whole: torch.Tensor, layout: Sharded) -> torch.Tensor:
+        """Return this rank's slice of a whole tensor."""
+        axis = whole.dim() + layout.axis
+        pieces = []
+        for part in whole.chunk(layout.parts, axis):
+            start = sum(layout.sizes[: self.rank]) // layout.parts
+            pieces.append(part.narrow(axis, start, layout.sizes[self.rank] // layout.parts))
+        return torch.cat(pieces, axis) if layout.parts > 1 else pieces[0]
+
+    def sizes_of(self, sizes: list[int]) -> list[list[int]]:
+        """Exchange a list of numbers; return every rank's."""
+        if self.world_size == 1:
+            return [sizes]
+        device = _collective_device()
+        mine = torch.tensor(sizes, dtype=torch.int64, device=device)
+        gathered = torch.empty(self.world_size * len(sizes), dtype=torch.int64, device=device)
+        dist.all_gather_into_tensor(gathered, mine, group=self._group)
+        return [list(map(int, row)) for row in gathered.view(self.world_size, -1).tolist()]
+
+
+def learn_layouts(
+    sites: Iterable[Site],
+    recording: dict[Moment, dict[str, torch.Tensor]],
+    tokens: int,
+    factors: dict[str, int],
+    group: ShardGroup,
+) -> dict[HookPoint, Sharded]:
+    """Compare what a forward of this shard showed with the full shapes.
+
+    Args:
+        sites: the hook points, with their full packed shapes.
+        recording: what a packed forward of `tokens` tokens showed on this rank.
+        factors: fused parts in the outputs of modules sharded packed, by path.
+        group: the shards to exchange sizes with.
+
+    Raises:
+        ModelError: a tensor differs from its full shape in more than one axis.
+    """
+    found: list[tuple[HookPoint, int, int]] = []
+    for site in sites:
+        local = recording.get(_moment(site.point), {}).get(site.point.leaf)
+        if local is None or site.packed_shape is None:
+            continue
+        full = tuple(tokens if size == "T" else size for size in site.packed_shape)
+        axes = [a for a, pair in enumerate(zip(local.shape, full, strict=True)) if len({*pair}) > 1]
+        if len(axes) > 1:
+            raise ModelError(f"{site.point} is sharded on several axes: {local.shape} of {full}")
+        if axes:
+            found.append((site.point, axes[0] - local.dim(), local.shape[axes[0]]))
+    sizes = group.sizes_of([size for _, _, size in found])
+    return {
+        point: Sharded(axis, tuple(rank[i] for rank in sizes), factors.get(point.path, 1))
+        for i, (point, axis, _) in enumerate(found)
+    }
+
+
+def _moment(point: HookPoint) -> Moment:
+    return Moment(point.path, point.port, point.call)
+
+
+def _interleave(slices: list[torch.Tensor], parts: int) -> torch.Tensor:
+    if parts == 1:
+        return torch.cat(slices)
+    chunks = [piece.chunk(parts) for piece in slices]
+    return torch.cat([chunk[part] for part in range(parts) for chunk in chunks])
+
+
+def _collective_device() -> torch.device:
+    if dist.get_backend() == "nccl":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")

@@ -1,0 +1,35 @@
+"""Linear layers in half precision on processors that have no instructions for it.
+
+There, torch's own bfloat16 product is several times slower than a float32 one. Computing in
+float32 and rounding once, as a bfloat16 unit would, gives the same numbers to within the order of
+summation; `bench/micro/half_linear.py` has the figures.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.nn.functional import linear
+
+_HALF = (torch.bfloat16, torch.float16)
+
+
+def widen_linears(model: torch.nn.Module) -> int:
+    """Let every half-precision Linear of `model` compute in float32; return how many there are."""
+    widened = 0
+    for module in model.modules():
+        if type(module) is torch.nn.Linear and module.weight.dtype in _HALF:
+            module.forward = _Widened(module)  # type: ignore[method-assign]
+            widened += 1
+    return widened
+
+
+class _Widened:
+    """The forward of one Linear, in float32 from rounded inputs to a result rounded once."""
+
+    def __init__(self, module: torch.nn.Linear) -> None:
+        self._module = module
+
+    def __call__(self, input: torch.Tensor) -> torch.Tensor:
+        weight, bias = self._module.weight, self._module.bias
+        wide = linear(input.float(), weight.float(), None if bias is None else bias.float())
+        return wide.to(input.dtype)

@@ -1,0 +1,208 @@
+"""The one callable behind each name of the catalogue, and the checks made before it runs.
+
+The same callables infer shapes on meta tensors at admission and compute on the shard. Nothing
+outside this table is ever called for a user.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from ndif_client.wire.catalogue import CATALOGUE, Op
+from ndif_client.wire.graph import Argument, Dots, Dtype, Items, Ref, Slice
+
+Value = torch.Tensor | tuple[torch.Tensor, ...]
+
+
+def resolve(argument: Argument, values: Callable[[int], Any]) -> Any:
+    """Turn a graph's argument into a Python one; `values(n)` gives the value of node n."""
+    match argument:
+        case Ref(node=node):
+            return values(node)
+        case Slice(start=start, stop=stop, step=step):
+            return slice(start, stop, step)
+        case Dots():
+            return ...
+        case Dtype(name=name):
+            return getattr(torch, name)
+        case Items(values=items):
+            return tuple(resolve(item, values) for item in items)
+        case _:
+            return argument
+
+
+def apply(op: Op, args: Sequence[Any], kwargs: dict[str, Any], device: torch.device) -> Value:
+    """Run an operation of the catalogue.
+
+    Args:
+        op: the entry.
+        args, kwargs: resolved arguments, named and ordered as in the entry.
+        device: where tensors made from nothing (`zeros`, `arange`) are put.
+
+    Raises:
+        IndexError: an index lies outside of what it indexes.
+        Exception: whatever torch raises for these arguments.
+    """
+    if op.bounded_index is not None:
+        check_bounds(op, args, kwargs)
+    if op.name in _CREATION:
+        kwargs = {**kwargs, "device": device}
+    result = _CALLABLES[op.name](*args, **kwargs)
+    if isinstance(result, torch.Tensor):
+        return result
+    return tuple(result)
+
+
+def bind(op: Op, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+    """Check the number and names of arguments.
+
+    Raises:
+        TypeError: too many, or a name the operation does not have.
+    """
+    names = [name for name in op.parameters if name != "*"]
+    positional = op.parameters.index("*") if "*" in op.parameters else len(names)
+    if len(args) > positional:
+        raise TypeError(
+            f"{op.name} takes at most {positional} arguments by position, not {len(args)}"
+        )
+    for name in kwargs:
+        if name not in names:
+            raise TypeError(f"{op.name} has no argument {name!r}; it has {', '.join(names)}")
+        if name in names[: len(args)]:
+            raise TypeError(f"{op.name} got {name!r} twice")
+
+
+def argument(op: Op, name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """Return the argument of that name, wherever it was given, or None."""
+    position = op.parameters.index(name)
+    return args[position] if position < len(args) else kwargs.get(name)
+
+
+# ---------------------------------------------------------------- checks before a kernel starts
+
+
+def check_bounds(op: Op, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+    """Check index tensors on the host: on a device, a bad index would kill everybody's process."""
+    assert op.bounded_index is not None
+    index = argument(op, op.parameters[op.bounded_index], args, kwargs)
+    if op.name in ("getitem", "setitem"):
+        _check_subscripts(args[0], index)
+    elif isinstance(index, torch.Tensor):
+        _check_range(index, *_limits(op, args, kwargs), op.name)
+
+
+def _limits(op: Op, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[int, int]:
+    if op.name == "embedding":
+        return 0, argument(op, "weight", args, kwargs).shape[0]
+    if op.name == "one_hot":
+        classes = argument(op, "num_classes", args, kwargs)
+        if classes is None or classes < 1:
+            raise ValueError("one_hot needs num_classes, a number above 0")
+        return 0, classes
+    source = args[0]
+    if op.name == "cross_entropy":
+        target = argument(op, "target", args, kwargs)
+        if target.is_floating_point():
+            return torch.iinfo(torch.int64).min, torch.iinfo(torch.int64).max
+        ignored = kwargs.get("ignore_index", -100)
+        return min(ignored, 0), source.shape[-1 if source.dim() == 1 else 1]
+    dim = argument(op, "dim", args, kwargs)
+    if dim is None:
+        return 0, source.numel()
+    return 0, source.shape[dim] if source.dim() else 1
+
+
+def _check_subscripts(value: Any, index: Any) -> None:
+    if not isinstance(value, torch.Tensor):
+        return
+    axis = 0
+    parts = index if isinstance(index, tuple) else (index,)
+    consumed = sum(p is not None and p is not ... for p in parts)
+    for part in parts:
+        if part is None:
+            continue
+        if part is ...:
+            axis += value.dim() - consumed
+            continue
+        if isinstance(part, torch.Tensor):
+            if part.dtype == torch.bool:
+                raise IndexError(
+                    "a boolean mask as index gives a result whose size depends on values; use "
+                    "where(mask, a, b) or masked_fill"
+                )
+            if axis < value.dim():
+                size = value.shape[axis]
+                _check_range(part, -size, size, f"index of dimension {axis}")
+        axis += 1
+
+
+def _check_range(index: torch.Tensor, low: int, high: int, what: str) -> None:
+    if index.is_meta or index.numel() == 0 or index.is_floating_point():
+        return
+    smallest, largest = (int(bound) for bound in torch.aminmax(index))
+    if smallest < low or largest >= high:
+        worst = smallest if smallest < low else largest
+        raise IndexError(f"{what}: index {worst} is out of range [{low}, {high})")
+
+
+# ---------------------------------------------------------------- the table
+
+
+def _getitem(value: Any, index: Any) -> Any:
+    if isinstance(value, tuple) and not isinstance(index, int | slice):
+        raise TypeError("a tuple of tensors is indexed by one number or slice")
+    return value[index]
+
+
+def _setitem(value: torch.Tensor, index: Any, new: Any) -> torch.Tensor:
+    changed = value.clone()
+    changed[index] = new
+    return changed
+
+
+def _to(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return value.to(dtype)
+
+
+def _view(value: torch.Tensor, shape: Any) -> torch.Tensor:
+    return value.reshape(shape)
+
+
+def _expand(value: torch.Tensor, shape: Any) -> torch.Tensor:
+    return value.expand(shape)
+
+
+def _repeat(value: torch.Tensor, repeats: Any) -> torch.Tensor:
+    return value.repeat(repeats)
+
+
+_SPECIAL: dict[str, Callable[..., Any]] = {
+    "getitem": _getitem,
+    "setitem": _setitem,
+    "to": _to,
+    "view": _view,
+    "expand": _expand,
+    "repeat": _repeat,
+}
+
+_CREATION = frozenset(("zeros", "ones", "full", "arange", "linspace", "eye"))
+
+_HOMES: dict[str, Any] = {
+    "torch": torch,
+    "tensor": torch.Tensor,
+    "functional": torch.nn.functional,
+    "linalg": torch.linalg,
+}
+
+
+def _callable(op: Op) -> Callable[..., Any]:
+    if op.home == "special":
+        return _SPECIAL[op.name]
+    found: Callable[..., Any] = getattr(_HOMES[op.home], op.torch_name or op.name)
+    return found
+
+
+_CALLABLES: dict[str, Callable[..., Any]] = {op.name: _callable(op) for op in CATALOGUE.values()}

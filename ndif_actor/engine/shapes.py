@@ -1,0 +1,255 @@
+"""Shapes, dtypes and price of every value of a program, from torch itself on meta tensors.
+
+Nothing is computed: each node runs on tensors without data, so what torch would refuse is refused
+here, at admission, with the user's line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+import torch
+from transformers import PreTrainedModel
+
+from ndif_actor.engine import ops
+from ndif_actor.engine.program import Program, graph_fault
+from ndif_actor.errors import RequestError
+from ndif_client.wire.catalogue import ALIASES, CATALOGUE
+from ndif_client.wire.graph import (
+    Apply,
+    CallModule,
+    Constant,
+    Node,
+    Parameter,
+    ReadHook,
+    Save,
+    WriteHook,
+)
+
+_META = torch.device("meta")
+
+
+class Price(msgspec.Struct, frozen=True, kw_only=True):
+    """What a request asks for, known before it runs.
+
+    Attributes:
+        tokens: rows it adds to a forward.
+        saved_bytes: bytes of its result.
+        value_bytes: bytes of all values its nodes make, an upper bound of what it holds at once.
+        flops: floating-point operations of its own nodes, without the model's.
+    """
+
+    tokens: int
+    saved_bytes: int
+    value_bytes: int
+    flops: int
+
+
+def infer(program: Program, model: PreTrainedModel, lengths: Sequence[Sequence[int]]) -> list[Any]:
+    """Return the meta value of each node (None for writes and saves).
+
+    Args:
+        program: the compiled graph.
+        model: the model without weights.
+        lengths: tokens of each prompt, per invoke.
+
+    Raises:
+        RequestError: torch refuses a node, or a write does not fit its hook point.
+    """
+    values: list[Any] = []
+    with torch.no_grad():
+        for number, node in enumerate(program.graph.nodes):
+            try:
+                values.append(_infer(node, program, model, lengths, values))
+            except (RuntimeError, TypeError, ValueError, LookupError, NotImplementedError) as error:
+                message = f"{_describe(node, values)}: {_first_line(error)}"
+                raise graph_fault(program.graph, number, message) from None
+    return values
+
+
+def price(program: Program, values: Sequence[Any], lengths: Sequence[Sequence[int]]) -> Price:
+    """Add up what a program makes and saves."""
+    saved = value_bytes = flops = 0
+    for node, value in zip(program.graph.nodes, values, strict=True):
+        if isinstance(node, Save):
+            saved += _bytes(values[node.value.node])
+            continue
+        value_bytes += _bytes(value)
+        flops += _flops(node, value, values)
+    return Price(
+        tokens=sum(map(sum, lengths)), saved_bytes=saved, value_bytes=value_bytes, flops=flops
+    )
+
+
+def _infer(
+    node: Node,
+    program: Program,
+    model: PreTrainedModel,
+    lengths: Sequence[Sequence[int]],
+    values: list[Any],
+) -> Any:
+    match node:
+        case ReadHook():
+            return _own(program, node, lengths)
+        case WriteHook():
+            _check_write(ops.resolve(node.value, values.__getitem__), _own(program, node, lengths))
+            return None
+        case Constant(tensor=spec):
+            return torch.empty(spec.shape, dtype=getattr(torch, spec.dtype), device=_META)
+        case Parameter(path=path):
+            return parameter(model, path)
+        case CallModule():
+            args, kwargs = arguments(node, values.__getitem__)
+            return _tensors(submodule(model, node.path)(*args, **kwargs))
+        case Apply(op=name):
+            op = CATALOGUE.get(name)
+            if op is None:
+                raise LookupError(_unknown_op(name))
+            args, kwargs = arguments(node, values.__getitem__)
+            ops.bind(op, args, kwargs)
+            return ops.apply(op, args, kwargs, _META)
+        case Save(value=value):
+            if not isinstance(values[value.node], torch.Tensor | tuple):
+                raise TypeError("only tensors can be saved")
+            return None
+
+
+def failure(node: Node, error: BaseException) -> str:
+    """Return what to tell the author of a node that failed while it ran."""
+    match node:
+        case Apply(op=name):
+            what = name
+        case CallModule(path=path):
+            what = path
+        case ReadHook(hook=hook) | WriteHook(hook=hook):
+            what = str(hook)
+        case _:
+            what = type(node).__name__
+    return f"{what}: {_first_line(error)}"
+
+
+def arguments(node: Apply | CallModule, values: Any) -> tuple[list[Any], dict[str, Any]]:
+    """Return the resolved arguments of a node."""
+    args = [ops.resolve(argument, values) for argument in node.args]
+    return args, {name: ops.resolve(value, values) for name, value in node.kwargs.items()}
+
+
+def parameter(model: torch.nn.Module, path: str) -> torch.Tensor:
+    """Return a parameter or buffer by its path.
+
+    Raises:
+        LookupError: the model has none of that name.
+    """
+    owner, _, name = path.rpartition(".")
+    module = submodule(model, owner)
+    value = module._parameters.get(name)
+    if value is None:
+        value = module._buffers.get(name)
+    if value is None:
+        offered = ", ".join([*module._parameters, *module._buffers]) or "none"
+        raise LookupError(f"{owner or 'the model'} has no parameter {name!r}; it has {offered}")
+    return value
+
+
+def submodule(model: torch.nn.Module, path: str) -> torch.nn.Module:
+    """Return a module by its path.
+
+    Raises:
+        LookupError: the model has none there.
+    """
+    try:
+        return model.get_submodule(path)
+    except AttributeError:
+        raise LookupError(f"the model has no module {path!r}") from None
+
+
+def _own(
+    program: Program, node: ReadHook | WriteHook, lengths: Sequence[Sequence[int]]
+) -> torch.Tensor:
+    site = program.sites[node.hook]
+    mine = lengths[node.invoke]
+    return torch.empty(site.shape_for(len(mine), max(mine)), dtype=site.dtype, device=_META)
+
+
+def _check_write(value: Any, target: torch.Tensor) -> None:
+    if isinstance(value, bool | int | float):
+        return
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"a tensor or number is needed, not {type(value).__name__}")
+    if value.is_complex():
+        raise TypeError(f"a {value.dtype} value can't be written to {target.dtype}")
+    shape, wanted = list(value.shape), list(target.shape)
+    try:
+        fits = list(torch.broadcast_shapes(value.shape, target.shape)) == wanted
+    except RuntimeError:
+        fits = False
+    if not fits:
+        raise ValueError(f"a value of shape {shape} does not fit the hook point's {wanted}")
+
+
+def _tensors(output: Any) -> Any:
+    if isinstance(output, torch.Tensor):
+        return output
+    if isinstance(output, tuple | list):
+        return tuple(item for item in output if isinstance(item, torch.Tensor))
+    raise TypeError(f"the module returns {type(output).__name__}, not tensors")
+
+
+def _unknown_op(name: str) -> str:
+    hint = f"; it is called {ALIASES[name]!r} here" if name in ALIASES else ""
+    return f"{name!r} is not in the catalogue of operations{hint}"
+
+
+def _describe(node: Node, values: Sequence[Any]) -> str:
+    match node:
+        case Apply(op=op):
+            return f"{op}({_shapes(node, values)})"
+        case CallModule(path=path):
+            return f"{path or 'model'}({_shapes(node, values)})"
+        case WriteHook(hook=hook):
+            return f"write of {hook}"
+        case Parameter(path=path):
+            return path
+        case _:
+            return type(node).__name__
+
+
+def _shapes(node: Apply | CallModule, values: Sequence[Any]) -> str:
+    args, kwargs = arguments(node, values.__getitem__)
+    shown = [_shown(value) for value in args]
+    return ", ".join([*shown, *(f"{name}={_shown(value)}" for name, value in kwargs.items())])
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
+    if isinstance(value, tuple):
+        return f"({', '.join(map(_shown, value))})"
+    return repr(value)
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0].removeprefix('"').removesuffix('"')
+
+
+def _bytes(value: Any) -> int:
+    if isinstance(value, torch.Tensor):
+        return value.numel() * value.element_size()
+    return sum(map(_bytes, value)) if isinstance(value, tuple) else 0
+
+
+def _flops(node: Node, value: Any, values: Sequence[Any]) -> int:
+    """A coarse count: 2mnk for contractions, one operation per element otherwise."""
+    if not isinstance(node, Apply) or not isinstance(value, torch.Tensor):
+        return 0
+    cost = CATALOGUE[node.op].cost
+    args, _ = arguments(node, values.__getitem__)
+    tensors = [a for a in args if isinstance(a, torch.Tensor)]
+    if cost == "free":
+        return 0
+    if cost == "matmul" and tensors:
+        return 2 * value.numel() * tensors[0].shape[-1 if tensors[0].dim() else 0 :].numel()
+    return max([value.numel(), *(t.numel() for t in tensors)])

@@ -1,0 +1,102 @@
+"""This rank's shard of a model, seen as if it were whole.
+
+Hook points, module calls and parameters show full tensors; what lies in slices across the ranks is
+gathered on the way out and sliced on the way in. Every gather follows from the graph alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+
+from ndif_actor.engine import ops, shapes
+from ndif_actor.engine.layout import Sharded, ShardGroup
+from ndif_actor.errors import ReplicaLost
+from ndif_client.wire.catalogue import CATALOGUE
+from ndif_client.wire.graph import HookPoint
+
+_T = TypeVar("_T")
+
+
+class ShardedModel:
+    """A model and how its tensors lie across the ranks."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        group: ShardGroup,
+        layouts: Mapping[HookPoint, Sharded],
+        device: torch.device,
+    ) -> None:
+        self.model = model
+        self.device = device
+        self._group = group
+        self._layouts = layouts
+
+    @property
+    def is_sharded(self) -> bool:
+        return self._group.world_size > 1
+
+    def whole(self, point: HookPoint, local: torch.Tensor) -> torch.Tensor:
+        """Return the full value of which `local` is this rank's share."""
+        layout = self._layouts.get(point)
+        if layout is None:
+            return local
+        return _together(lambda: self._group.gather(local, layout))
+
+    def slice(self, point: HookPoint, whole: torch.Tensor) -> torch.Tensor:
+        """Return this rank's share of a full value."""
+        layout = self._layouts.get(point)
+        return whole if layout is None else self._group.slice(whole, layout)
+
+    def call(self, path: str, args: list[Any], kwargs: dict[str, Any]) -> ops.Value:
+        """Apply a module to full values and return its full output.
+
+        Raises:
+            IndexError: an embedding is asked for a row it does not have.
+        """
+        module = shapes.submodule(self.model, path)
+        if isinstance(module, torch.nn.Embedding):
+            # Bounds are checked on the host: a bad index on a device would kill everybody.
+            whole_rows = torch.empty(module.num_embeddings, 0, device="meta")
+            ops.check_bounds(CATALOGUE["embedding"], [args[0], whole_rows], {})
+        if not self._holds_shards(module):
+            return _output(module(*args, **kwargs))
+        if args and (layout := self._layouts.get(HookPoint(path, "input", "args.0"))):
+            args = [self._group.slice(args[0], layout), *args[1:]]
+        output = _together(lambda: _output(module(*args, **kwargs)))
+        if isinstance(output, tuple):
+            return output
+        return self.whole(HookPoint(path, "output"), output)
+
+    def parameter(self, path: str) -> torch.Tensor:
+        """Return a whole parameter or buffer."""
+        value = shapes.parameter(self.model, path)
+        if isinstance(value, DTensor):
+            sharded = value
+            return _together(lambda: sharded.detach().full_tensor())
+        return value.detach()
+
+    def _holds_shards(self, module: torch.nn.Module) -> bool:
+        return self.is_sharded and any(isinstance(p, DTensor) for p in module.parameters())
+
+
+def _output(output: Any) -> ops.Value:
+    if isinstance(output, torch.Tensor):
+        return output
+    return tuple(item for item in output if isinstance(item, torch.Tensor))
+
+
+def _together(collective: Callable[[], _T]) -> _T:
+    """Run something that all ranks run together; if it breaks, the replica is lost.
+
+    gloo reports a dead peer as a bare RuntimeError, which must not pass for a user's mistake.
+    """
+    try:
+        return collective()
+    except RuntimeError as error:
+        raise ReplicaLost(f"the shards lost each other: {error}") from error
