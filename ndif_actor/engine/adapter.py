@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.distributed import DistributedConfig
+from transformers.distributed.configuration_utils import DistributedConfig
 from transformers.utils import logging as transformers_logging
 
 from ndif_actor.engine.attention import IMPLEMENTATION
@@ -124,7 +124,9 @@ def load_shard(
         )
     except (OSError, ValueError) as error:
         raise ModelError(f"the weights in {folder} can't be loaded: {error}") from error
-    return _frozen(model.to(device) if world_size == 1 else model)
+    if world_size == 1:
+        model = torch.nn.Module.to(model, device=device)
+    return _frozen(model)
 
 
 def run_packed(model: PreTrainedModel, input_ids: torch.Tensor, position_ids: torch.Tensor) -> Any:
@@ -165,7 +167,7 @@ def _run(
 
 def shard_factors(model: PreTrainedModel) -> dict[str, int]:
     """How many parts are fused in the output of each module that the plan shards packed."""
-    factors = {}
+    factors: dict[str, int] = {}
     for pattern, style in (model.tp_plan or {}).items():
         if style == "packed_colwise":
             regex = re.compile(pattern.replace(".", r"\.").replace("*", r"\d+"))

@@ -111,12 +111,12 @@ def discover(model: PreTrainedModel) -> HookTable:
         ModelError: the model can't run without weights, so its shapes can't be known beforehand.
     """
     try:
-        padded = [_record(model, lambda b=b, s=s: _run_padded(model, b, s)) for b, s in _PADDED]
+        padded = [_record(model, _run_padded, *sizes) for sizes in _PADDED]
     except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
         kind = type(model).__name__
         raise ModelError(f"{kind} can't be traced without weights: {error}") from error
     try:
-        packed = [_record(model, lambda t=t: _run_packed(model, t)) for t in _PACKED]
+        packed = [_record(model, _run_packed, tokens) for tokens in _PACKED]
         unpackable = None
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         packed, unpackable = [], f"its forward fails on a packed row: {error}"
@@ -141,7 +141,9 @@ def _table(
                 continue
             point = HookPoint(moment.path, moment.port, leaf, moment.call)
             shape = _symbolic(tensor.shape, second[moment][leaf].shape)
-            site = shape and _site(point, order, shape, tensor.dtype, packed, moment)
+            if shape is None:
+                continue
+            site = _site(point, order, shape, tensor.dtype, packed, moment)
             if site is not None and (packed == [] or site.packed_shape or point == MASK):
                 sites[point] = site
     return HookTable(sites, moments, attention, unpackable)
@@ -156,6 +158,7 @@ def _site(
     moment: Moment,
 ) -> Site | None:
     axes = [axis for axis, size in enumerate(shape) if isinstance(size, str)]
+    batch_axis: int | None
     match [shape[axis] for axis in axes]:
         case ["batch", "sequence"]:
             batch_axis, token_axis = axes
@@ -203,10 +206,10 @@ def _packed_shape(
 # ---------------------------------------------------------------- running and recording
 
 
-def _record(model: PreTrainedModel, run: Callable[[], Any]) -> _Recording:
+def _record(model: PreTrainedModel, run: Callable[..., None], *sizes: int) -> _Recording:
     recording: _Recording = {}
     with recording_moments(model, recording), torch.no_grad():
-        run()
+        run(model, *sizes)
     return recording
 
 

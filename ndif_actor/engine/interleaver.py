@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
@@ -62,10 +62,8 @@ class Interleaver:
                 stack.callback(handle.remove)
             for group in self._groups:
                 group.pause_hooks = self._pause
-            try:
+            with suppress(ForwardComplete):
                 yield
-            except ForwardComplete:
-                pass
 
     def _hook(self, module: torch.nn.Module, path: str, port: Port) -> Any:
         if port == "input":

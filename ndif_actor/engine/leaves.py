@@ -7,6 +7,7 @@ its input is its positional and keyword arguments ("args.0", "kwargs.hidden_stat
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from copy import copy
 from typing import Any
 
 import torch
@@ -46,7 +47,7 @@ def _replace(structure: Any, steps: list[str], value: torch.Tensor) -> Any:
         return value
     first, rest = steps[0], steps[1:]
     if isinstance(structure, Mapping):
-        changed: Any = structure.__class__(structure)
+        changed: Any = copy(structure)
         changed[first] = _replace(structure[first], rest, value)
         return changed
     items = list(structure)

@@ -15,7 +15,6 @@ from transformers import PreTrainedModel
 
 from ndif_actor.engine import ops
 from ndif_actor.engine.program import Program, graph_fault
-from ndif_actor.errors import RequestError
 from ndif_client.wire.catalogue import ALIASES, CATALOGUE
 from ndif_client.wire.graph import (
     Apply,
@@ -144,11 +143,10 @@ def parameter(model: torch.nn.Module, path: str) -> torch.Tensor:
     """
     owner, _, name = path.rpartition(".")
     module = submodule(model, owner)
-    value = module._parameters.get(name)
+    own: dict[str, torch.Tensor | None] = {**module._parameters, **module._buffers}
+    value = own.get(name)
     if value is None:
-        value = module._buffers.get(name)
-    if value is None:
-        offered = ", ".join([*module._parameters, *module._buffers]) or "none"
+        offered = ", ".join(own) or "none"
         raise LookupError(f"{owner or 'the model'} has no parameter {name!r}; it has {offered}")
     return value
 

@@ -77,8 +77,8 @@ class ShardedModel:
         """Return a whole parameter or buffer."""
         value = shapes.parameter(self.model, path)
         if isinstance(value, DTensor):
-            sharded = value
-            return _together(lambda: sharded.detach().full_tensor())
+            sharded: DTensor = value
+            return _together(lambda: sharded.detach().full_tensor())  # type: ignore[attr-defined]
         return value.detach()
 
     def _holds_shards(self, module: torch.nn.Module) -> bool:

@@ -54,7 +54,7 @@ class Dtype(msgspec.Struct, frozen=True, tag="dtype"):
 
 
 class Items(msgspec.Struct, frozen=True, tag="items"):
-    """A list or tuple of arguments: an index with several parts, a shape, tensors to concatenate."""
+    """A list or tuple of arguments: a compound index, a shape, tensors to concatenate."""
 
     values: Annotated[list[Argument], msgspec.Meta(max_length=MAX_ARGUMENTS)]
 

@@ -16,7 +16,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
-from ndif_client.wire.graph import Graph, Invoke, MAX_INVOKES, Path, Port, Source
+from ndif_client.wire.graph import MAX_INVOKES, Graph, Invoke, Path, Port, Source
 from ndif_client.wire.tensors import TensorSpec
 
 #: The version of these messages; a server refuses another one by name.

@@ -106,7 +106,7 @@ def export_array(value: Any) -> tuple[str, tuple[int, ...], memoryview]:
         if name not in ITEM_BYTES:
             raise TypeError(f"arrays of dtype {array.dtype} can't be sent")
         little = array.astype(array.dtype.newbyteorder("<"), copy=False).reshape(-1)
-        return name, np.shape(value), memoryview(little.view(np.uint8)).cast("B")
+        return name, np.shape(value), little.view(np.uint8).data.cast("B")
     raise TypeError(f"{type(value).__name__} is neither a numpy array nor a torch tensor")
 
 

@@ -1,0 +1,1 @@
+"""What operators watch and steer a running server with."""
