@@ -19,7 +19,7 @@ PREFIX = "NDIF_ACTOR_"
 
 #: Variables with our prefix that are no setting: the checkpoint cache, the per-run secret of the
 #: links, and the address a Slurm job hands to its tasks.
-OTHER_VARIABLES = frozenset({"NDIF_ACTOR_CACHE", "NDIF_ACTOR_SECRET"})
+OTHER_VARIABLES = frozenset({"NDIF_ACTOR_CACHE", "NDIF_ACTOR_SECRET", "NDIF_ACTOR_PARENT"})
 
 Positive = Annotated[int, msgspec.Meta(ge=1)]
 Seconds = Annotated[float, msgspec.Meta(gt=0)]

@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
+from ndif_client.wire.frames import FrameLimits
 from ndif_client.wire.graph import Graph
 from ndif_client.wire.messages import Fault, SavedTensor, SavedTuple
 
@@ -104,3 +105,11 @@ class Stop(msgspec.Struct, frozen=True, tag="stop"):
 
 ToShard = Load | RunPass | Stop
 FromShard = Hello | Loaded | PassDone | ShardFailed
+
+#: What these links accept: both sides are this program, and clients' limits have held before.
+LINK_LIMITS = FrameLimits(
+    max_header_bytes=1 << 30,
+    max_buffers=0xFFFF,
+    max_buffer_bytes=1 << 40,
+    max_total_bytes=1 << 40,
+)

@@ -12,7 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.distributed.configuration_utils import DistributedConfig
 from transformers.utils import logging as transformers_logging
 
@@ -52,6 +58,21 @@ def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
     return text
 
 
+def max_positions(config: PreTrainedConfig, *, packed: bool) -> int:
+    """Return the longest prompt a model takes, in tokens.
+
+    A model whose rotary frequencies switch with the longest prompt of a forward ("longrope") takes
+    packed prompts only up to the switch, so that nobody's frequencies depend on a neighbour.
+    """
+    text = text_config(config)
+    known = getattr(text, "max_position_embeddings", None) or 1 << 20
+    rope = getattr(text, "rope_parameters", None) or {}
+    for part in (rope, *rope.values()):  # a family may have one for each type of layer
+        if packed and isinstance(part, dict) and part.get("rope_type") == "longrope":
+            known = min(known, part["original_max_position_embeddings"])
+    return int(known)
+
+
 def config_dtype(config: PreTrainedConfig) -> str:
     """Return the dtype the weights were stored in."""
     dtype = getattr(config, "dtype", None) or torch.float32
@@ -64,12 +85,13 @@ def build_without_weights(config: PreTrainedConfig, dtype: torch.dtype) -> PreTr
     Raises:
         ModelError: the architecture is no causal language model of transformers.
     """
+    attention = _attention(config) or "eager"
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(
-                config, dtype=dtype, attn_implementation=IMPLEMENTATION
+                config, dtype=dtype, attn_implementation=attention
             )
-    except ValueError as error:
+    except (ValueError, TypeError, AttributeError, ImportError, RuntimeError) as error:
         raise ModelError(f"{config.model_type} can't be built: {error}") from error
     # Of the ways to run experts, only this one has shapes that don't depend on the routing.
     if model.get_experts_implementation()[""] is not None:
@@ -114,19 +136,33 @@ def load_shard(
     transformers_logging.disable_progress_bar()
     config = load_config(folder)
     options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "local_files_only": True}
+    options["attn_implementation"] = _attention(config)
     if world_size > 1:
         # A replicated embedding needs no DTensor on its way and shows plain hook points.
         plan = _embedding_plan(config)
         options["distributed_config"] = DistributedConfig(tp_size=world_size, tp_plan=plan)
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            folder, trust_remote_code=False, attn_implementation=IMPLEMENTATION, **options
+            folder, trust_remote_code=False, **options
         )
     except (OSError, ValueError) as error:
         raise ModelError(f"the weights in {folder} can't be loaded: {error}") from error
+    if dtype == torch.float64 and model.get_experts_implementation()[""] is not None:
+        model.set_experts_implementation("eager")  # the default has no kernel in this dtype
     if world_size == 1:
         model = torch.nn.Module.to(model, device=device)
     return _frozen(model)
+
+
+def attends_raggedly(model: PreTrainedModel) -> bool:
+    """Whether the model's attention can be exchanged for the ragged one."""
+    return bool(model._supports_attention_backend)
+
+
+def set_attention(model: PreTrainedModel, *, ragged: bool) -> None:
+    """Let the model attend raggedly, or as transformers does by default."""
+    own = "sdpa" if model._supports_sdpa else "eager"
+    model.set_attn_implementation(IMPLEMENTATION if ragged else own)
 
 
 def run_packed(model: PreTrainedModel, input_ids: torch.Tensor, position_ids: torch.Tensor) -> Any:
@@ -140,6 +176,11 @@ def run_packed(model: PreTrainedModel, input_ids: torch.Tensor, position_ids: to
     # search the positions for packed sequences and wait for the device at each forward.
     mask = input_ids.new_zeros(1, 1, 1, 1)
     return _run(model, input_ids, position_ids, mask)
+
+
+def run_alone(model: PreTrainedModel, input_ids: torch.Tensor) -> Any:
+    """Run the model on `[1, sequence]` ids as transformers does when told nothing else."""
+    return model(input_ids=input_ids, use_cache=False)
 
 
 def run_padded(
@@ -173,6 +214,13 @@ def shard_factors(model: PreTrainedModel) -> dict[str, int]:
             regex = re.compile(pattern.replace(".", r"\.").replace("*", r"\d+"))
             factors |= {name: 2 for name, _ in model.named_modules() if regex.fullmatch(name)}
     return factors
+
+
+def _attention(config: PreTrainedConfig) -> str | None:
+    """Return the attention to build a model with; None where a family insists on its own."""
+    family = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    exchangeable = getattr(family, "_supports_attention_backend", False)
+    return IMPLEMENTATION if exchangeable else None
 
 
 def _embedding_plan(config: PreTrainedConfig) -> dict[str, str] | None:

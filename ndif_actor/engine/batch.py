@@ -117,26 +117,45 @@ class PaddedRows:
         self._longest = longest
 
     def read(self, tensor: torch.Tensor, site: Site) -> torch.Tensor:
-        view = self._view(tensor, site)
+        rows = self._rows(tensor, site)
+        if min(self.lengths) < max(self.lengths):
+            padded = torch.zeros_like(rows)
+            self._copy(rows, padded, site)
+            rows = padded
         if site.batch_axis is None:
-            return view.flatten(site.token_axis, site.token_axis + 1)
-        return view
+            return rows.flatten(site.token_axis, site.token_axis + 1)
+        return rows
 
     def write(self, tensor: torch.Tensor, site: Site, value: torch.Tensor) -> None:
-        view = self._view(tensor, site)
         if site.batch_axis is None:
             value = value.unflatten(site.token_axis, (len(self.lengths), max(self.lengths)))
-        view.copy_(value)
+        self._copy(value, self._rows(tensor, site), site)
 
-    def _view(self, tensor: torch.Tensor, site: Site) -> torch.Tensor:
-        longest, axis = max(self.lengths), site.token_axis
+    def _rows(self, tensor: torch.Tensor, site: Site) -> torch.Tensor:
+        """View the prompts, with axes of their own for prompts and tokens."""
+        prompts, tokens = self._axes(site)
         if site.batch_axis is None:
-            tensor = tensor.unflatten(axis, (self._prompts, self._longest))
-            prompts, axis = axis, axis + 1
-        else:
-            prompts = site.batch_axis
+            tensor = tensor.unflatten(site.token_axis, (self._prompts, self._longest))
+        longest = max(self.lengths)
         rows = tensor.narrow(prompts, self.first, len(self.lengths))
-        return rows.narrow(axis, self._longest - longest, longest)
+        return rows.narrow(tokens, self._longest - longest, longest)
+
+    def _copy(self, source: torch.Tensor, target: torch.Tensor, site: Site) -> None:
+        """Copy the real tokens, and no padding."""
+        prompts, tokens = self._axes(site)
+        longest = max(self.lengths)
+        for i, length in enumerate(self.lengths):
+            real = [
+                rows.narrow(prompts, i, 1).narrow(tokens, longest - length, length)
+                for rows in (source, target)
+            ]
+            real[1].copy_(real[0])
+
+    @staticmethod
+    def _axes(site: Site) -> tuple[int, int]:
+        if site.batch_axis is None:
+            return site.token_axis, site.token_axis + 1
+        return site.batch_axis, site.token_axis
 
 
 def pack(groups: TokenIds, device: torch.device) -> Batch:

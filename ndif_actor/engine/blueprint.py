@@ -41,7 +41,9 @@ class Blueprint:
             )
         config = adapter.text_config(model.config)
         self.config_dtype = adapter.config_dtype(model.config)
-        self.max_positions: int = getattr(config, "max_position_embeddings", None) or 1 << 20
+        self.max_positions = adapter.max_positions(
+            model.config, packed=self.table.unpackable is None
+        )
         self.vocab_size: int = config.vocab_size
 
     @classmethod

@@ -16,11 +16,12 @@ from ndif_actor.engine.hookpoints import Moment, recording_moments
 from ndif_actor.engine.interleaver import Interleaver
 from ndif_actor.engine.layout import ShardGroup, learn_layouts
 from ndif_actor.engine.linear import widen_linears
-from ndif_actor.engine.probe import packing_fault
+from ndif_actor.engine.probe import packing_fault, padding_fault
 from ndif_actor.engine.saves import Allocate, GroupSaves, SaveBuffers
 from ndif_actor.engine.sharded import ShardedModel
 from ndif_actor.errors import ModelError, RequestError
 from ndif_actor.messages import Group, GroupResult, Layout
+from ndif_client.wire.messages import Fault
 
 #: Tokens of the forward that shows how tensors lie across the shards.
 _LAYOUT_TOKENS = 6
@@ -32,14 +33,21 @@ class Engine:
     Attributes:
         blueprint: the whole model without weights.
         unpackable: why requests can't share a forward, or None.
+        unpaddable: why, besides, the prompts of one request must be equally long, or None.
         parameter_bytes: bytes of weights on this rank.
     """
 
     def __init__(
-        self, model: ShardedModel, blueprint: Blueprint, rank: int, unpackable: str | None
+        self,
+        model: ShardedModel,
+        blueprint: Blueprint,
+        rank: int,
+        unpackable: str | None,
+        unpaddable: str | None,
     ) -> None:
         self.blueprint = blueprint
         self.unpackable = unpackable
+        self.unpaddable = unpaddable
         self.parameter_bytes = sum(_local_bytes(p) for p in model.model.parameters())
         self._model = model
         self._rank = rank
@@ -70,6 +78,9 @@ class Engine:
             unpackable = packing_fault(model, blueprint.vocab_size, device)
         if unpackable is not None and world_size > 1:
             raise ModelError(f"{type(model).__name__} is served with --tp 1 only: {unpackable}")
+        unpaddable = None
+        if unpackable is not None:
+            unpaddable = padding_fault(model, blueprint.vocab_size, device)
         layouts = {}
         if world_size > 1:
             layouts = learn_layouts(
@@ -79,7 +90,8 @@ class Engine:
                 adapter.shard_factors(model),
                 group,
             )
-        return cls(ShardedModel(model, group, layouts, device), blueprint, rank, unpackable)
+        sharded = ShardedModel(model, group, layouts, device)
+        return cls(sharded, blueprint, rank, unpackable, unpaddable)
 
     def run_pass(
         self, layout: Layout, groups: list[Group], buffers: list[memoryview], allocate: Allocate
@@ -123,6 +135,9 @@ class Engine:
     ) -> Execution:
         program = self.blueprint.compile(group.graph, len(group.invokes))
         lengths = [[len(ids) for ids in prompts] for prompts in group.invokes]
+        if self.unpaddable is not None and len({n for ns in lengths for n in ns}) > 1:
+            message = f"all prompts of a trace must have the same number of tokens: {self.unpaddable}"
+            raise RequestError(Fault(kind="execution", message=message))
         return Execution(
             program,
             rows,

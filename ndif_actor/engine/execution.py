@@ -26,7 +26,7 @@ from ndif_client.wire.graph import (
     WriteHook,
 )
 from ndif_client.wire.messages import Fault
-from ndif_client.wire.tensors import check_buffer
+from ndif_client.wire.tensors import check_buffer, import_array
 
 if TYPE_CHECKING:
     from ndif_actor.engine.interleaver import LiveMoment
@@ -82,7 +82,7 @@ class Execution:
                 value = self._run(number, node, moment)
             except _FATAL:
                 raise
-            except (RuntimeError, TypeError, ValueError, LookupError, NotImplementedError) as error:
+            except ops.REFUSALS as error:
                 self._fail(number, node, error)
                 continue
             if value is not None:
@@ -109,10 +109,8 @@ class Execution:
             case Parameter(path=path):
                 return self._model.parameter(path)
             case Constant(tensor=spec):
-                raw = torch.frombuffer(
-                    check_buffer(spec, self._buffers), dtype=getattr(torch, spec.dtype)
-                )
-                return raw.reshape(spec.shape).to(self._model.device)
+                array = import_array(spec, check_buffer(spec, self._buffers), "torch")
+                return array.to(self._model.device)
             case Save(value=Ref(node=saved)):
                 self._save(node, number, self._values[saved])
                 return None

@@ -115,11 +115,15 @@ def discover(model: PreTrainedModel) -> HookTable:
     except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
         kind = type(model).__name__
         raise ModelError(f"{kind} can't be traced without weights: {error}") from error
+    packed: list[_Recording] = []
     try:
-        packed = [_record(model, _run_packed, tokens) for tokens in _PACKED]
-        unpackable = None
+        if adapter.attends_raggedly(model):
+            packed = [_record(model, _run_packed, tokens) for tokens in _PACKED]
+            unpackable = None
+        else:
+            unpackable = "its attention can't be exchanged for one that keeps packed prompts apart"
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
-        packed, unpackable = [], f"its forward fails on a packed row: {error}"
+        unpackable = f"its forward fails on a packed row: {error}"
     return _table(padded, packed, unpackable, _attention_paths(model))
 
 

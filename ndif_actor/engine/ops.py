@@ -10,11 +10,23 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ndif_client.wire.catalogue import CATALOGUE, Op
 from ndif_client.wire.graph import Argument, Dots, Dtype, Items, Ref, Slice
 
 Value = torch.Tensor | tuple[torch.Tensor, ...]
+
+#: What torch raises for arguments it does not take; anything else is a mistake of ours.
+REFUSALS = (
+    RuntimeError,
+    TypeError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    AssertionError,
+)
 
 
 def resolve(argument: Argument, values: Callable[[int], Any]) -> Any:
@@ -89,9 +101,11 @@ def check_bounds(op: Op, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
     assert op.bounded_index is not None
     index = argument(op, op.parameters[op.bounded_index], args, kwargs)
     if op.name in ("getitem", "setitem"):
-        _check_subscripts(args[0], index)
+        _check_subscripts(argument(op, "input", args, kwargs), index)
     elif isinstance(index, torch.Tensor):
-        _check_range(index, *_limits(op, args, kwargs), op.name)
+        if op.name == "cross_entropy":
+            index = index.where(index != kwargs.get("ignore_index", -100), 0)
+        check_range(index, *_limits(op, args, kwargs), op.name)
 
 
 def _limits(op: Op, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[int, int]:
@@ -102,13 +116,9 @@ def _limits(op: Op, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[int, i
         if classes is None or classes < 1:
             raise ValueError("one_hot needs num_classes, a number above 0")
         return 0, classes
-    source = args[0]
+    source = argument(op, "input", args, kwargs)
     if op.name == "cross_entropy":
-        target = argument(op, "target", args, kwargs)
-        if target.is_floating_point():
-            return torch.iinfo(torch.int64).min, torch.iinfo(torch.int64).max
-        ignored = kwargs.get("ignore_index", -100)
-        return min(ignored, 0), source.shape[-1 if source.dim() == 1 else 1]
+        return 0, source.shape[-1 if source.dim() == 1 else 1]
     dim = argument(op, "dim", args, kwargs)
     if dim is None:
         return 0, source.numel()
@@ -119,7 +129,7 @@ def _check_subscripts(value: Any, index: Any) -> None:
     if not isinstance(value, torch.Tensor):
         return
     axis = 0
-    parts = index if isinstance(index, tuple) else (index,)
+    parts = _subscripts(index)
     consumed = sum(p is not None and p is not ... for p in parts)
     for part in parts:
         if part is None:
@@ -135,11 +145,16 @@ def _check_subscripts(value: Any, index: Any) -> None:
                 )
             if axis < value.dim():
                 size = value.shape[axis]
-                _check_range(part, -size, size, f"index of dimension {axis}")
+                check_range(part, -size, size, f"index of dimension {axis}")
         axis += 1
 
 
-def _check_range(index: torch.Tensor, low: int, high: int, what: str) -> None:
+def check_range(index: torch.Tensor, low: int, high: int, what: str) -> None:
+    """Check that all values of an index tensor lie in `[low, high)`.
+
+    Raises:
+        IndexError: one does not; `what` says where.
+    """
     if index.is_meta or index.numel() == 0 or index.is_floating_point():
         return
     smallest, largest = (int(bound) for bound in torch.aminmax(index))
@@ -148,35 +163,70 @@ def _check_range(index: torch.Tensor, low: int, high: int, what: str) -> None:
         raise IndexError(f"{what}: index {worst} is out of range [{low}, {high})")
 
 
+class BoundedLookups(TorchDispatchMode):
+    """Within the block, embeddings check the ids they are asked for before they look them up."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch.ops.aten.embedding.default:
+            check_range(args[1], 0, args[0].shape[0], "embedding")
+        return func(*args, **(kwargs or {}))
+
+
 # ---------------------------------------------------------------- the table
 
 
-def _getitem(value: Any, index: Any) -> Any:
-    if isinstance(value, tuple) and not isinstance(index, int | slice):
-        raise TypeError("a tuple of tensors is indexed by one number or slice")
-    return value[index]
+def _subscripts(index: Any) -> tuple[Any, ...]:
+    """Return an index as a tuple of subscripts; a list of numbers in it becomes an index tensor."""
+    parts = index if isinstance(index, tuple) else (index,)
+    return tuple(torch.tensor(part) if isinstance(part, tuple) else part for part in parts)
 
 
-def _setitem(value: torch.Tensor, index: Any, new: Any) -> torch.Tensor:
-    changed = value.clone()
-    changed[index] = new
+def _getitem(input: Any, index: Any) -> Any:
+    if isinstance(input, tuple):
+        if not isinstance(index, int | slice):
+            raise TypeError("a tuple of tensors is indexed by one number or slice")
+        return input[index]
+    return input[_subscripts(index)]
+
+
+def _setitem(input: torch.Tensor, index: Any, value: Any) -> torch.Tensor:
+    changed = input.clone()
+    changed[_subscripts(index)] = value
     return changed
 
 
-def _to(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return value.to(dtype)
+def _to(input: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return input.to(dtype)
 
 
-def _view(value: torch.Tensor, shape: Any) -> torch.Tensor:
-    return value.reshape(shape)
+def _view(input: torch.Tensor, shape: Any) -> torch.Tensor:
+    return input.reshape(shape)
 
 
-def _expand(value: torch.Tensor, shape: Any) -> torch.Tensor:
-    return value.expand(shape)
+def _expand(input: torch.Tensor, shape: Any) -> torch.Tensor:
+    return input.expand(shape)
 
 
-def _repeat(value: torch.Tensor, repeats: Any) -> torch.Tensor:
-    return value.repeat(repeats)
+def _repeat(input: torch.Tensor, repeats: Any) -> torch.Tensor:
+    return input.repeat(repeats)
+
+
+def _sort(
+    input: torch.Tensor, dim: int = -1, descending: bool = False, stable: bool = False
+) -> Any:
+    return torch.sort(input, dim=dim, descending=descending, stable=stable)
+
+
+def _argsort(
+    input: torch.Tensor, dim: int = -1, descending: bool = False, stable: bool = False
+) -> torch.Tensor:
+    return torch.argsort(input, dim=dim, descending=descending, stable=stable)
+
+
+def _einsum(equation: str, operands: Sequence[torch.Tensor]) -> torch.Tensor:
+    return torch.einsum(equation, *operands)
 
 
 _SPECIAL: dict[str, Callable[..., Any]] = {
@@ -186,13 +236,15 @@ _SPECIAL: dict[str, Callable[..., Any]] = {
     "view": _view,
     "expand": _expand,
     "repeat": _repeat,
+    "sort": _sort,
+    "argsort": _argsort,
+    "einsum": _einsum,
 }
 
 _CREATION = frozenset(("zeros", "ones", "full", "arange", "linspace", "eye"))
 
 _HOMES: dict[str, Any] = {
     "torch": torch,
-    "tensor": torch.Tensor,
     "functional": torch.nn.functional,
     "linalg": torch.linalg,
 }

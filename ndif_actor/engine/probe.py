@@ -1,4 +1,4 @@
-"""Whether a loaded model gives each prompt of a packed row what it gives it alone.
+"""Whether a loaded model gives a prompt what it gives it alone, padded and in a packed row.
 
 Asked of the real weights at load, because no property of the code answers it: a model may ignore
 positions, keep a state, or attend by means of its own.
@@ -11,15 +11,17 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedModel
 
-from ndif_actor.engine import adapter, leaves
+from ndif_actor.engine import adapter, leaves, ops
 from ndif_actor.engine.attention import attending
 from ndif_actor.engine.batch import pack, pad
+from ndif_actor.errors import ModelError
 
 #: Largest relative error of the logits that rounding may explain, in single and in half precision.
 _TOLERANCE = 1e-3
 _TOLERANCE_HALF = 0.1
 
-_LENGTHS = (5, 3, 7)
+#: The prompt that is looked at, then its neighbours, shorter and longer.
+_LENGTHS = (5, 3, 7, 4)
 
 
 def packing_fault(model: PreTrainedModel, vocab_size: int, device: torch.device) -> str | None:
@@ -27,34 +29,64 @@ def packing_fault(model: PreTrainedModel, vocab_size: int, device: torch.device)
 
     All ranks must call it together; they reach the same answer.
     """
-    generator = torch.Generator().manual_seed(0)
-    prompts = [
-        torch.randint(vocab_size, (n,), generator=generator).tolist() for n in (*_LENGTHS, 4)
-    ]
-    subject, *others = prompts
-    half = model.dtype.itemsize < torch.float32.itemsize
-    tolerance = _TOLERANCE_HALF if half else _TOLERANCE
+    subject, *others = _prompts(vocab_size, _LENGTHS)
+    alone = _alone(model, subject, device)
     try:
-        alone = _padded_logits(model, subject, device)
+        adapter.set_attention(model, ragged=True)
         shared = _packed_logits(model, [subject, *others], device)
         elsewhere = _packed_logits(model, [subject, *(ids[::-1] for ids in others)], device)
-    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+    except ops.REFUSALS as error:
         return f"its forward fails on a packed row: {error}"
-    if _distance(shared, alone) > tolerance:
+    if not _distance(shared, alone) <= _tolerance(model):
         return "a prompt in a packed row does not get the logits it gets alone"
-    if _distance(shared, elsewhere) > tolerance / 10:
+    if not _distance(shared, elsewhere) <= _tolerance(model) / 10:
         return "the logits of a prompt depend on its neighbours in a packed row"
     return None
 
 
-def _padded_logits(model: PreTrainedModel, ids: list[int], device: torch.device) -> torch.Tensor:
-    batch = pad([[[ids]]], device)
+def padding_fault(model: PreTrainedModel, vocab_size: int, device: torch.device) -> str | None:
+    """Return why prompts of unequal length can't share a padded batch, or None if they can.
+
+    Raises:
+        ModelError: not even a prompt without padding gets the logits it gets alone.
+    """
+    long, short = _prompts(vocab_size, (max(_LENGTHS), min(_LENGTHS)))
+    if not _distance(_padded_logits(model, [long], device), _alone(model, long, device)) <= (
+        _tolerance(model)
+    ):
+        raise ModelError(
+            f"{type(model).__name__} numbers positions in a way of its own, so its results could be "
+            "wrong; it is not served"
+        )
+    padded, alone = _padded_logits(model, [short, long], device), _alone(model, short, device)
+    if not _distance(padded, alone) <= _tolerance(model):
+        return "padding changes what this model gives a prompt"
+    return None
+
+
+def _prompts(vocab_size: int, lengths: Sequence[int]) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(vocab_size, (n,), generator=generator).tolist() for n in lengths]
+
+
+def _alone(model: PreTrainedModel, ids: list[int], device: torch.device) -> torch.Tensor:
+    """Return the logits `[length, vocabulary]` that transformers gives a prompt by default."""
+    adapter.set_attention(model, ragged=False)
+    with torch.inference_mode():
+        return _logits(adapter.run_alone(model, torch.tensor([ids], device=device)))[0]
+
+
+def _padded_logits(
+    model: PreTrainedModel, prompts: Sequence[list[int]], device: torch.device
+) -> torch.Tensor:
+    """Return the logits `[length, vocabulary]` of the first prompt."""
+    batch = pad([[prompts]], device)
     assert batch.attention_mask is not None
     with torch.inference_mode(), attending(None):
         output = adapter.run_padded(
             model, batch.input_ids, batch.position_ids, batch.attention_mask
         )
-    return _logits(output)[0]
+    return _logits(output)[0, -len(prompts[0]) :]
 
 
 def _packed_logits(
@@ -66,6 +98,11 @@ def _packed_logits(
         output = adapter.run_packed(model, batch.input_ids, batch.position_ids)
     start = sum(len(ids) for ids in prompts if len(ids) < len(prompts[0]))
     return _logits(output)[0, start : start + len(prompts[0])]
+
+
+def _tolerance(model: PreTrainedModel) -> float:
+    half = model.dtype.itemsize < torch.float32.itemsize
+    return _TOLERANCE_HALF if half else _TOLERANCE
 
 
 def _logits(output: object) -> torch.Tensor:

@@ -11,6 +11,7 @@ from typing import Any
 
 import msgspec
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 from ndif_actor.engine import ops
@@ -58,11 +59,11 @@ def infer(program: Program, model: PreTrainedModel, lengths: Sequence[Sequence[i
         RequestError: torch refuses a node, or a write does not fit its hook point.
     """
     values: list[Any] = []
-    with torch.no_grad():
+    with torch.no_grad(), _OneDtype():
         for number, node in enumerate(program.graph.nodes):
             try:
                 values.append(_infer(node, program, model, lengths, values))
-            except (RuntimeError, TypeError, ValueError, LookupError, NotImplementedError) as error:
+            except ops.REFUSALS as error:
                 message = f"{_describe(node, values)}: {_first_line(error)}"
                 raise graph_fault(program.graph, number, message) from None
     return values
@@ -100,8 +101,10 @@ def _infer(
         case Parameter(path=path):
             return parameter(model, path)
         case CallModule():
+            module = submodule(model, node.path)
             args, kwargs = arguments(node, values.__getitem__)
-            return _tensors(submodule(model, node.path)(*args, **kwargs))
+            _check_ids(module, (*args, *kwargs.values()))
+            return _tensors(module(*args, **kwargs))
         case Apply(op=name):
             op = CATALOGUE.get(name)
             if op is None:
@@ -169,6 +172,38 @@ def _own(
     site = program.sites[node.hook]
     mine = lengths[node.invoke]
     return torch.empty(site.shape_for(len(mine), max(mine)), dtype=site.dtype, device=_META)
+
+
+class _OneDtype(TorchDispatchMode):
+    """Refuse products of unequal dtypes, as every device does; meta tensors would let them pass.
+
+    Under tensor parallelism such an error in the midst of a module would look like a lost peer.
+    """
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func.overloadpacket in _PRODUCTS:
+            dtypes = {a.dtype for a in args if isinstance(a, torch.Tensor)}
+            if len(dtypes) > 1:
+                names = " and ".join(sorted(str(d).removeprefix("torch.") for d in dtypes))
+                raise TypeError(f"{names} can't be multiplied; convert one with .to(...)")
+        return func(*args, **(kwargs or {}))
+
+
+_PRODUCTS = frozenset(
+    getattr(torch.ops.aten, name)
+    for name in ("mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "dot", "_cdist_forward")
+)
+
+
+def _check_ids(module: torch.nn.Module, args: Sequence[Any]) -> None:
+    """Let only embeddings look things up: they alone check what they are asked for."""
+    if not any(isinstance(a, torch.Tensor) and not a.is_floating_point() for a in args):
+        return
+    looks_up = any(isinstance(m, torch.nn.Embedding) for m in module.modules())
+    if not looks_up and any(True for _ in module.parameters()):
+        raise TypeError("only embeddings take integers; convert the value with .to(...)")
 
 
 def _check_write(value: Any, target: torch.Tensor) -> None:

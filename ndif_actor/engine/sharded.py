@@ -6,6 +6,7 @@ gathered on the way out and sliced on the way in. Every gather follows from the 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
@@ -16,7 +17,6 @@ from transformers import PreTrainedModel
 from ndif_actor.engine import ops, shapes
 from ndif_actor.engine.layout import Sharded, ShardGroup
 from ndif_actor.errors import ReplicaLost
-from ndif_client.wire.catalogue import CATALOGUE
 from ndif_client.wire.graph import HookPoint
 
 _T = TypeVar("_T")
@@ -60,12 +60,11 @@ class ShardedModel:
             IndexError: an embedding is asked for a row it does not have.
         """
         module = shapes.submodule(self.model, path)
-        if isinstance(module, torch.nn.Embedding):
-            # Bounds are checked on the host: a bad index on a device would kill everybody.
-            whole_rows = torch.empty(module.num_embeddings, 0, device="meta")
-            ops.check_bounds(CATALOGUE["embedding"], [args[0], whole_rows], {})
         if not self._holds_shards(module):
-            return _output(module(*args, **kwargs))
+            with ops.BoundedLookups():
+                return _output(module(*args, **kwargs))
+        bound = inspect.signature(type(module).forward).bind(module, *args, **kwargs)
+        args, kwargs = list(bound.args[1:]), bound.kwargs
         if args and (layout := self._layouts.get(HookPoint(path, "input", "args.0"))):
             args = [self._group.slice(args[0], layout), *args[1:]]
         output = _together(lambda: _output(module(*args, **kwargs)))

@@ -1,0 +1,258 @@
+"""Check and price requests before they may queue: the only place here that knows torch.
+
+Everything runs in one dedicated thread, on meta tensors, so the event loop never waits for it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+import structlog
+
+from ndif_actor.actor.thread import WorkThread
+from ndif_actor.coordinator.choice import ModelChoice
+from ndif_actor.coordinator.events import Ticket
+from ndif_actor.errors import RequestError
+from ndif_actor.messages import Group
+from ndif_client.wire.graph import Constant, Graph, Invoke, Save
+from ndif_client.wire.messages import (
+    PROTOCOL,
+    Fault,
+    ModelTree,
+    PromptTokens,
+    Submission,
+    TokenizeReply,
+    TraceRequest,
+)
+from ndif_client.wire.tensors import check_buffer
+
+if TYPE_CHECKING:
+    from ndif_actor.engine.blueprint import Blueprint
+    from ndif_actor.engine.tokens import Tokenizer
+
+_log = structlog.get_logger(__name__)
+
+#: Submissions of more header bytes are decoded in the thread, so that the loop stays responsive.
+INLINE_HEADER_BYTES = 64 << 10
+
+#: Values one request may save: a reply's frame has at most this many buffers.
+MAX_SAVES = 4096
+
+
+class RequestLimits(msgspec.Struct, frozen=True, kw_only=True):
+    """What one request may cost: its values at their peak, and what it saves, in bytes."""
+
+    value_bytes: int
+    saved_bytes: int
+
+
+class Prepared(msgspec.Struct, frozen=True):
+    """An admitted request, ready to join a pass.
+
+    Attributes:
+        ticket: what the scheduler needs to know.
+        group: token ids and graph; `Constant` nodes point into `buffers`.
+        buffers: the bytes of its constants, and of nobody else's.
+        prompts: what the client is told about its tokens.
+    """
+
+    ticket: Ticket
+    group: Group
+    buffers: list[memoryview]
+    prompts: list[list[PromptTokens]]
+
+
+class Admission:
+    """The model without weights, and the thread that checks requests against it."""
+
+    def __init__(self, model_id: str, limits: RequestLimits) -> None:
+        self._model_id = model_id
+        self._limits = limits
+        self._thread = WorkThread("admission")
+        self._blueprint: Blueprint
+        self._tokenizer: Tokenizer
+
+    async def load(self, choice: ModelChoice, world_size: int) -> None:
+        """Build the model without weights.
+
+        Raises:
+            ModelError: it can't be served by `world_size` shards, or at all.
+        """
+        await self._thread.call(self._load, choice, world_size)
+
+    def _load(self, choice: ModelChoice, world_size: int) -> None:
+        from ndif_actor.engine.blueprint import Blueprint
+        from ndif_actor.engine.tokens import Tokenizer
+
+        folder = Path(choice.folder)
+        self._blueprint = Blueprint.load(folder, choice.dtype, world_size)
+        self._tokenizer = Tokenizer.load(folder)
+
+    async def tree(self, device: str, unpackable: str | None) -> ModelTree:
+        """Describe the model to clients, as its shards have found it."""
+        return await self._thread.call(self._tree, device, unpackable)
+
+    def _tree(self, device: str, unpackable: str | None) -> ModelTree:
+        return self._blueprint.tree(model_id=self._model_id, device=device, unpackable=unpackable)
+
+    async def decode(self, header: bytes | bytearray | memoryview) -> Submission:
+        """Decode a submission, large ones in the thread.
+
+        Raises:
+            msgspec.DecodeError: it is none.
+        """
+        if len(header) <= INLINE_HEADER_BYTES:
+            return _decoder.decode(header)
+        return await self._thread.call(_decoder.decode, header)
+
+    async def admit(
+        self, submission: Submission, buffers: list[memoryview]
+    ) -> list[Prepared | Fault]:
+        """Check and price every request of a submission, in its order."""
+        return await self._thread.call(self._admit, submission, buffers)
+
+    async def tokenize(self, text: str) -> TokenizeReply:
+        """Return the ids of `text` and the text of each."""
+        return await self._thread.call(self._tokenize, text)
+
+    async def detokenize(self, ids: list[int]) -> TokenizeReply:
+        """Return the text of `ids`, together and one by one.
+
+        Raises:
+            RequestError: an id is not in the vocabulary.
+        """
+        return await self._thread.call(self._detokenize, ids)
+
+    async def close(self) -> None:
+        """End the thread."""
+        await self._thread.close()
+
+    # ------------------------------------------------------------ in the thread
+
+    def _admit(self, submission: Submission, buffers: list[memoryview]) -> list[Prepared | Fault]:
+        answers: list[Prepared | Fault] = []
+        for request in submission.requests:
+            try:
+                answers.append(self._prepare(request, buffers))
+            except RequestError as error:
+                answers.append(error.fault)
+            except Exception:
+                # Our own mistake must not take the neighbours' requests down with it.
+                _log.exception("admission failed", request=request.id)
+                message = "the server could not check this request (its log says why)"
+                answers.append(Fault(kind="internal", message=message))
+        return answers
+
+    def _prepare(self, request: TraceRequest, buffers: list[memoryview]) -> Prepared:
+        if request.model not in ("", self._model_id):
+            raise _refused(
+                "protocol", f"model {request.model!r} is not served here, {self._model_id!r} is"
+            )
+        num_saves = sum(isinstance(node, Save) for node in request.graph.nodes)
+        if num_saves > MAX_SAVES:
+            raise _refused("limit", f"{num_saves} saved values; one request may have {MAX_SAVES}")
+        prompts = [self._prompts(number, invoke) for number, invoke in enumerate(request.invokes)]
+        graph, own = _own_buffers(request.graph, buffers)
+        lengths = [[len(prompt.ids) for prompt in invoke] for invoke in prompts]
+        price = self._blueprint.check(graph, lengths, own)
+        self._check_price(price.value_bytes, price.saved_bytes)
+        nbytes = price.value_bytes + price.saved_bytes
+        return Prepared(
+            ticket=Ticket(request.id, price.tokens, nbytes, num_saves),
+            group=Group(
+                request=request.id,
+                invokes=[[prompt.ids for prompt in invoke] for invoke in prompts],
+                graph=graph,
+            ),
+            buffers=own,
+            prompts=prompts,
+        )
+
+    def _prompts(self, number: int, invoke: Invoke) -> list[PromptTokens]:
+        found = []
+        for index, prompt in enumerate(invoke.prompts):
+            place = f"prompt {index} of invoke {number}"
+            ids = self._tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+            if not ids:
+                raise _refused("graph", f"{place} has no tokens")
+            if len(ids) > self._blueprint.max_positions:
+                most = f"the model takes {self._blueprint.max_positions}"
+                raise _refused("limit", f"{place} has {len(ids)} tokens; {most}")
+            self._check_ids(ids, place)
+            found.append(PromptTokens(ids, self._tokenizer.pieces(ids)))
+        return found
+
+    def _check_ids(self, ids: list[int], place: str) -> None:
+        if ids and max(ids) >= self._blueprint.vocab_size:
+            bad, size = max(ids), self._blueprint.vocab_size
+            raise _refused("graph", f"{place} has token id {bad}; the model knows 0 to {size - 1}")
+
+    def _check_price(self, value_bytes: int, saved_bytes: int) -> None:
+        for nbytes, most, what in (
+            (value_bytes, self._limits.value_bytes, "make values of"),
+            (saved_bytes, self._limits.saved_bytes, "save"),
+        ):
+            if nbytes > most:
+                raise _refused(
+                    "limit",
+                    f"this trace would {what} {nbytes} bytes; this server allows {most} a request. "
+                    "Save or keep less of it (a slice, fewer layers), or send fewer prompts",
+                )
+
+    def _tokenize(self, text: str) -> TokenizeReply:
+        ids = self._tokenizer.encode(text)
+        return TokenizeReply(ids, self._tokenizer.pieces(ids), self._tokenizer.decode(ids))
+
+    def _detokenize(self, ids: list[int]) -> TokenizeReply:
+        self._check_ids(ids, "the list")
+        return TokenizeReply(ids, self._tokenizer.pieces(ids), self._tokenizer.decode(ids))
+
+
+_decoder = msgspec.msgpack.Decoder(Submission)
+
+
+def _refused(kind: str, message: str) -> RequestError:
+    return RequestError(Fault(kind=kind, message=message))  # type: ignore[arg-type]
+
+
+def check_protocol(submission: Submission) -> None:
+    """Refuse another version of the messages.
+
+    Raises:
+        RequestError: the client speaks another one.
+    """
+    if submission.protocol != PROTOCOL:
+        raise _refused(
+            "protocol",
+            f"the client speaks version {submission.protocol} of the protocol, this server "
+            f"{PROTOCOL}: install the same ndif-actor version on both sides",
+        )
+
+
+def _own_buffers(graph: Graph, buffers: list[memoryview]) -> tuple[Graph, list[memoryview]]:
+    """Renumber the constants of one request to the buffers that it alone refers to."""
+    own: list[memoryview] = []
+    moved: dict[int, int] = {}  # a buffer that several constants share is sent once
+    nodes = None
+    for number, node in enumerate(graph.nodes):
+        if not isinstance(node, Constant):
+            continue
+        try:
+            buffer = check_buffer(node.tensor, buffers)
+        except ValueError as error:
+            source = graph.source_of(number)
+            fault = Fault(kind="graph", message=str(error), node=number, source=source)
+            raise RequestError(fault) from None
+        nodes = list(graph.nodes) if nodes is None else nodes
+        if node.tensor.buffer not in moved:
+            moved[node.tensor.buffer] = len(own)
+            own.append(buffer)
+        nodes[number] = moved_constant(node, moved[node.tensor.buffer])
+    return (graph if nodes is None else msgspec.structs.replace(graph, nodes=nodes)), own
+
+
+def moved_constant(node: Constant, buffer: int) -> Constant:
+    """Return `node` with its bytes in another buffer."""
+    return Constant(msgspec.structs.replace(node.tensor, buffer=buffer))

@@ -1,0 +1,380 @@
+"""The one process clients talk to: admits requests, starts passes, answers.
+
+    HTTP -> submit -> Admission -> Scheduler -> Replica -> ResultStore and EventStreams -> HTTP
+
+It ties the parts together and decides nothing itself: every decision is the scheduler's, and
+every change of state happens on the event loop, in `_tell`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Coroutine
+from pathlib import Path
+
+import msgspec
+import structlog
+
+from ndif_actor.config import ServerConfig
+from ndif_actor.coordinator import events
+from ndif_actor.coordinator.admission import Admission, Prepared, RequestLimits, check_protocol
+from ndif_actor.coordinator.choice import choose
+from ndif_actor.coordinator.jobs import Job, build_pass, new_job, outcome, statistics_of
+from ndif_actor.coordinator.pace import Pace
+from ndif_actor.coordinator.replica import Replica
+from ndif_actor.coordinator.results import Outgoing, ResultStore
+from ndif_actor.coordinator.scheduler import Scheduler
+from ndif_actor.coordinator.stream import EventStream
+from ndif_actor.errors import LaunchError, ReplicaLost, RequestError
+from ndif_actor.messages import Loaded
+from ndif_client.wire.frames import Frame
+from ndif_client.wire.messages import (
+    Failed,
+    Fault,
+    ModelSummary,
+    Queued,
+    Running,
+    Submission,
+)
+
+_log = structlog.get_logger(__name__)
+
+#: Seconds after which a client may ask again while the replica loads or restarts.
+RESTART_RETRY_S = 5.0
+
+#: What a decoded header takes in memory, as a multiple of its bytes on the wire.
+DECODED_FACTOR = 16
+
+
+class KnownRequestError(RequestError):
+    """An id of the submission belongs to a request that is already here."""
+
+
+class Coordinator:
+    """The served model, its queue and its results."""
+
+    def __init__(self, config: ServerConfig, model_id: str, replica: Replica) -> None:
+        self.model_id = model_id
+        self.admission = Admission(
+            model_id,
+            RequestLimits(value_bytes=config.max_value_bytes, saved_bytes=config.max_saved_bytes),
+        )
+        self._config = config
+        self._replica = replica
+        self._scheduler = Scheduler(
+            events.Budget(config.max_pass_tokens, config.max_pass_bytes),
+            events.QueueLimits(
+                max_requests=config.max_queued,
+                max_requests_per_user=config.max_queued_per_user,
+                max_bytes=config.max_queued_bytes,
+            ),
+        )
+        self._store = ResultStore(config.result_ttl_s, config.max_result_bytes)
+        self._expiry: asyncio.TimerHandle | None = None
+        self._jobs: dict[str, Job] = {}
+        self._no_jobs = asyncio.Event()
+        self._no_jobs.set()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._summary: ModelSummary | None = None
+        self._tree_json: bytes | None = None
+        self._draining = False
+        self._lost_reason = ""
+        self._pace = Pace()
+        #: set when the model is first served; `device` is known from then on
+        self.ready = asyncio.Event()
+        self.device = ""
+
+    # ------------------------------------------------------------ life
+
+    async def run(self, folder: Path) -> None:
+        """Load the model and serve it, generation after generation, until cancelled.
+
+        Raises:
+            ModelError: the model can't be served as asked.
+            LaunchError: its shards can't be started.
+        """
+        choice = choose(folder, self._config.dtype, self._config.device)
+        loading = asyncio.create_task(self.admission.load(choice, self._config.tp))
+        serving = asyncio.create_task(
+            self._replica.run(choice, self._become_ready, self._become_lost)
+        )
+        try:
+            await asyncio.gather(loading, serving)
+        except LaunchError:
+            await loading  # what is wrong with the model is said better here
+            raise
+        finally:
+            loading.cancel()
+            serving.cancel()
+            await asyncio.gather(loading, serving, return_exceptions=True)
+
+    async def drain(self, timeout_s: float) -> None:
+        """Take nothing new and wait for what is here, for at most `timeout_s` seconds."""
+        self._draining = True
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._no_jobs.wait()
+        except TimeoutError:
+            _log.warning("drain timed out", unfinished=len(self._jobs))
+        message = "the server has shut down before this request could finish"
+        for job in list(self._jobs.values()):
+            self._give_up(job, Fault(kind="unavailable", message=message))
+
+    async def close(self) -> None:
+        """Let go of everything; `run` has ended."""
+        if self._expiry is not None:
+            self._expiry.cancel()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._store.clear()
+        await self.admission.close()
+
+    async def _become_ready(self, loaded: list[Loaded]) -> None:
+        unpackable = next((shard.unpackable for shard in loaded if shard.unpackable), None)
+        tree = await self.admission.tree(loaded[0].device, unpackable)
+        self._tree_json = msgspec.json.encode(tree)
+        self._summary = ModelSummary(
+            id=tree.id,
+            dtype=tree.dtype,
+            tensor_parallel=tree.tensor_parallel,
+            packed=tree.packed,
+            ready=True,
+        )
+        self.device = tree.device
+        self._tell(events.ReplicaReady(tree.packed))
+        self.ready.set()
+
+    def _become_lost(self, reason: str) -> None:
+        self._lost_reason = reason
+        self._tell(events.ReplicaLost())
+
+    # ------------------------------------------------------------ what HTTP asks
+
+    def checks(self) -> dict[str, str]:
+        """Return what must be "ok" before requests are taken, each with what is missing."""
+        return {
+            "accepting": "draining" if self._draining else "ok",
+            "replica": self._replica.state,
+        }
+
+    def check_serving(self) -> None:
+        """Refuse requests while they could not be served.
+
+        Raises:
+            RequestError: draining, or the replica is not ready.
+        """
+        failing = [f"{name}: {state}" for name, state in self.checks().items() if state != "ok"]
+        if failing:
+            message = f"this server is not ready ({'; '.join(failing)})"
+            raise RequestError(
+                Fault(kind="unavailable", message=message, retry_after=RESTART_RETRY_S)
+            )
+
+    def summary(self) -> ModelSummary:
+        """Describe the model in one line.
+
+        Raises:
+            RequestError: it has not been loaded yet.
+        """
+        if self._summary is None:
+            self.check_serving()
+            raise AssertionError("a replica is ready only when its model is known")
+        return msgspec.structs.replace(self._summary, ready=self._replica.state == "ok")
+
+    def tree_json(self) -> bytes:
+        """Return the encoded model tree.
+
+        Raises:
+            RequestError: the model has not been loaded yet.
+        """
+        self.summary()
+        assert self._tree_json is not None
+        return self._tree_json
+
+    async def submit(self, frame: Frame, *, owner: str, user: str) -> EventStream:
+        """Take a submission in; its requests are admitted together.
+
+        Args:
+            frame: header `Submission`; its buffers are kept until its requests have ended.
+            owner: who may fetch and cancel them.
+            user: whose turns they take.
+
+        Returns:
+            The events of all its requests; whoever stops reading it closes it.
+
+        Raises:
+            RequestError: the whole submission is refused: not ready, no room, wrong version.
+            msgspec.DecodeError: the header is no submission.
+        """
+        self.check_serving()
+        submission = await self.admission.decode(frame.header)
+        check_protocol(submission)
+        self.check_serving()
+        names = tuple(request.id for request in submission.requests)
+        nbytes = DECODED_FACTOR * len(frame.header) + sum(b.nbytes for b in frame.buffers)
+        self._check_new(names)
+        (answer,) = self._scheduler.handle(events.Arrived(names, user, nbytes))
+        if isinstance(answer, events.Reject):
+            raise self._rejection(answer)
+        stream = EventStream(names)
+        now = time.monotonic()
+        jobs = [new_job(name, owner, stream, now) for name in names]
+        self._jobs.update(zip(names, jobs, strict=True))
+        self._no_jobs.clear()
+        self._spawn(self._admit(submission, frame.buffers, jobs), jobs)
+        return stream
+
+    def find(self, request: str, owner: str) -> Outgoing | None:
+        """Return the result of a request, or its progress while it is unfinished."""
+        job = self._jobs.get(request)
+        if job is not None:
+            return Outgoing(event=job.progress) if job.owner == owner else None
+        return self._store.get(request, owner)
+
+    def cancel(self, request: str, owner: str) -> bool:
+        """Cancel an unfinished request, forget a finished one; False if there is none."""
+        if self.find(request, owner) is None:
+            return False
+        if request in self._jobs:
+            self._tell(events.Cancelled(request))
+        else:
+            self._store.forget(request)
+        return True
+
+    def mark_delivered(self, request: str) -> None:
+        """Note that the client has received the whole result."""
+        self._store.mark_delivered(request)
+
+    # ------------------------------------------------------------ arrival
+
+    def _check_new(self, names: tuple[str, ...]) -> None:
+        seen: set[str] = set()
+        for name in names:
+            if name in seen:
+                message = f"two requests of one submission have the id {name}"
+                raise RequestError(Fault(kind="protocol", message=message))
+            if name in self._jobs or name in self._store:
+                message = f"request {name} is already here; GET /v1/traces/{name} fetches it"
+                raise KnownRequestError(Fault(kind="protocol", message=message))
+            seen.add(name)
+
+    def _rejection(self, answer: events.Reject) -> RequestError:
+        retry_after = self._pace.wait_s(self._scheduler.statistics().queued)
+        return RequestError(Fault(kind="busy", message=answer.message, retry_after=retry_after))
+
+    async def _admit(
+        self, submission: Submission, buffers: list[memoryview], jobs: list[Job]
+    ) -> None:
+        answers = await self.admission.admit(submission, buffers)
+        tickets, refused = [], []
+        for job, answer in zip(jobs, answers, strict=True):
+            if not self._is_current(job):
+                continue  # cancelled meanwhile
+            if isinstance(answer, Prepared):
+                job.prepared = answer
+                tickets.append(answer.ticket)
+            else:
+                refused.append(job.id)
+                self._fail(job, answer)
+        self._tell(events.Admitted(tuple(tickets), tuple(refused)))
+
+    # ------------------------------------------------------------ decisions carried out
+
+    def _tell(self, event: events.Event) -> None:
+        for command in self._scheduler.handle(event):
+            self._obey(command)
+
+    def _obey(self, command: events.Command) -> None:
+        match command:
+            case events.Announce(request=request, position=position):
+                self._jobs[request].tell(Queued(request, position))
+            case events.StartPass():
+                self._start_pass(command)
+            case events.Drop(request=request):
+                fault = Fault(kind="cancelled", message="cancelled by its user")
+                self._fail(self._jobs[request], fault)
+            case events.Abandon(requests=requests):
+                message = f"{self._lost_reason}; the replica restarts, send the request again"
+                fault = Fault(kind="unavailable", message=message, retry_after=RESTART_RETRY_S)
+                for request in requests:
+                    self._fail(self._jobs[request], fault)
+            case _:
+                raise AssertionError(f"{command} is an answer, not a command")
+
+    def _start_pass(self, start: events.StartPass) -> None:
+        jobs = [self._jobs[request] for request in start.requests]
+        now = time.monotonic()
+        for job in jobs:
+            job.started_s = now
+            job.tell(Running(job.id, len(jobs)))
+        self._spawn(self._run_pass(start, jobs), jobs)
+
+    async def _run_pass(self, start: events.StartPass, jobs: list[Job]) -> None:
+        try:
+            message, buffers = build_pass(start, jobs)
+            report = await self._replica.run_pass(message, buffers)
+        except ReplicaLost:
+            return  # `_become_lost` abandons the requests
+        except Exception:
+            self._tell(events.PassFinished(start.sequence))
+            raise
+        self._pace.note(len(jobs), time.monotonic() - jobs[0].started_s)
+        # The next pass starts before this one's results are handed out.
+        self._tell(events.PassFinished(start.sequence))
+        with report.memory:
+            for job in jobs:
+                if self._is_current(job):  # else cancelled while it ran
+                    statistics = statistics_of(job, start, jobs, report.forward_s)
+                    self._end(job, outcome(job, statistics, report))
+
+    # ------------------------------------------------------------ ends
+
+    def _is_current(self, job: Job) -> bool:
+        return self._jobs.get(job.id) is job
+
+    def _give_up(self, job: Job, fault: Fault) -> None:
+        """End a request that the scheduler still counts on."""
+        if self._is_current(job):
+            self._scheduler.handle(events.Cancelled(job.id))
+            self._fail(job, fault)
+
+    def _fail(self, job: Job, fault: Fault) -> None:
+        self._end(job, Outgoing(event=Failed(job.id, fault)))
+
+    def _end(self, job: Job, outgoing: Outgoing) -> None:
+        del self._jobs[job.id]
+        job.stream.push(outgoing)
+        self._store.put(job.owner, outgoing, time.monotonic())
+        self._expire()
+        if not self._jobs:
+            self._no_jobs.set()
+
+    def _expire(self) -> None:
+        """Drop results whose time is over, and come back when the next one's is."""
+        now = time.monotonic()
+        self._store.expire(now)
+        next_s = self._store.next_expiry()
+        if self._expiry is not None:
+            self._expiry.cancel()
+            self._expiry = None
+        if next_s is not None:
+            self._expiry = asyncio.get_running_loop().call_later(next_s - now, self._expire)
+
+    def _spawn(self, work: Coroutine[None, None, None], jobs: list[Job]) -> None:
+        """Run `work` by itself; whatever goes wrong in it, its requests are answered."""
+
+        def finished(task: asyncio.Task[None]) -> None:
+            self._tasks.discard(task)
+            error = None if task.cancelled() else task.exception()
+            if error is None:
+                return
+            _log.error("request handling failed", exc_info=error)
+            fault = Fault(kind="internal", message="the server failed (its log says why)")
+            for job in jobs:
+                self._give_up(job, fault)
+
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(finished)

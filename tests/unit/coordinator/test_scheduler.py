@@ -1,0 +1,344 @@
+"""The scheduler's promises, example by example and as a random walk."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from ndif_actor.coordinator.events import (
+    Abandon,
+    Accept,
+    Admitted,
+    Announce,
+    Arrived,
+    Budget,
+    Cancelled,
+    Command,
+    Drop,
+    PassFinished,
+    QueueLimits,
+    Reject,
+    ReplicaLost,
+    ReplicaReady,
+    StartPass,
+    Ticket,
+)
+from ndif_actor.coordinator.scheduler import Scheduler
+
+
+def ready(
+    tokens: int = 100, *, packed: bool = True, limits: QueueLimits | None = None
+) -> Scheduler:
+    scheduler = Scheduler(Budget(tokens), limits or QueueLimits())
+    assert scheduler.handle(ReplicaReady(packed)) == []
+    return scheduler
+
+
+def submit(scheduler: Scheduler, user: str, *tickets: Ticket) -> list[Command]:
+    names = tuple(ticket.request for ticket in tickets)
+    assert scheduler.handle(Arrived(names, user)) == [Accept(names)]
+    return scheduler.handle(Admitted(tickets))
+
+
+def started(commands: list[Command]) -> list[tuple[str, ...]]:
+    return [command.requests for command in commands if isinstance(command, StartPass)]
+
+
+def test_a_request_starts_at_once_when_nothing_runs() -> None:
+    commands = submit(ready(), "ann", Ticket("a", 7))
+
+    assert commands == [Announce("a", 0), StartPass(1, ("a",), "packed")]
+
+
+def test_whatever_waits_when_a_forward_ends_shares_the_next_one() -> None:
+    scheduler = ready()
+    submit(scheduler, "ann", Ticket("first", 7))
+    for user in ("ann", "bob", "cat"):
+        assert started(submit(scheduler, user, Ticket(f"next-{user}", 7))) == []
+
+    assert started(scheduler.handle(PassFinished(1))) == [("next-ann", "next-bob", "next-cat")]
+
+
+def test_requests_of_one_submission_start_together() -> None:
+    tickets = [Ticket(f"r{i}", 10) for i in range(10)]
+
+    assert started(submit(ready(100), "ann", *tickets)) == [tuple(t.request for t in tickets)]
+
+
+def test_a_user_with_many_requests_does_not_delay_another() -> None:
+    scheduler = ready(20)
+    submit(scheduler, "greedy", *(Ticket(f"g{i}", 10) for i in range(50)))
+    submit(scheduler, "ann", Ticket("a", 10))
+
+    assert started(scheduler.handle(PassFinished(1))) == [("g2", "a")]
+
+
+def test_a_forward_stays_within_its_budgets() -> None:
+    budget = Budget(tokens=10, nbytes=100, tensors=4)
+    for ticket in (Ticket("x", 6), Ticket("x", 1, 60), Ticket("x", 1, 0, 3)):
+        scheduler = Scheduler(budget, QueueLimits())
+        scheduler.handle(ReplicaReady(True))
+        pair = [Ticket(name, ticket.tokens, ticket.nbytes, ticket.tensors) for name in "ab"]
+
+        assert started(submit(scheduler, "ann", *pair)) == [("a",)]
+
+
+def test_a_request_larger_than_the_budget_runs_alone() -> None:
+    scheduler = ready(10)
+    first = submit(scheduler, "ann", Ticket("small", 2))
+    submit(scheduler, "bob", Ticket("huge", 1000))
+    submit(scheduler, "cat", Ticket("other", 2))
+
+    assert started(first) == [("small",)]
+    assert started(scheduler.handle(PassFinished(1))) == [("huge",)]
+    assert started(scheduler.handle(PassFinished(2))) == [("other",)]
+
+
+def test_a_large_request_is_not_overtaken_for_ever_by_small_ones() -> None:
+    scheduler = ready(10)
+    submit(scheduler, "ann", Ticket("a0", 8))
+    submit(scheduler, "small", *(Ticket(f"s{i}", 3) for i in range(100)))
+    submit(scheduler, "large", Ticket("large", 9))
+
+    assert started(scheduler.handle(PassFinished(1))) == [("s0", "s1", "s2")]
+    assert started(scheduler.handle(PassFinished(2))) == [("large",)]
+
+
+def test_a_model_that_cannot_be_packed_runs_one_request_a_forward() -> None:
+    scheduler = ready(packed=False)
+
+    commands = submit(scheduler, "ann", Ticket("a", 1), Ticket("b", 1))
+
+    assert StartPass(1, ("a",), "dense") in commands
+    assert started(scheduler.handle(PassFinished(1))) == [("b",)]
+
+
+def test_positions_count_who_starts_first_and_shrink() -> None:
+    scheduler = ready(10)
+    submit(scheduler, "ann", Ticket("a0", 10))
+    first = submit(scheduler, "ann", Ticket("a1", 10), Ticket("a2", 10))
+    second = submit(scheduler, "bob", Ticket("b1", 10))
+
+    assert first == [Announce("a1", 0), Announce("a2", 1)]
+    assert second == [Announce("b1", 1)]
+    assert scheduler.handle(PassFinished(1)) == [
+        StartPass(2, ("a1",), "packed"),
+        Announce("b1", 0),
+    ]
+
+
+def test_a_cancelled_request_never_starts_in_any_state() -> None:
+    scheduler = ready(10)
+    submit(scheduler, "ann", Ticket("running", 10))
+    submit(scheduler, "ann", Ticket("queued", 10))
+    scheduler.handle(Arrived(("admitting",), "ann"))
+
+    for name in ("running", "queued", "admitting"):
+        assert scheduler.handle(Cancelled(name)) == [Drop(name)]
+    assert scheduler.handle(Admitted((Ticket("admitting", 1),))) == []
+    assert scheduler.handle(PassFinished(1)) == []
+    assert scheduler.handle(Cancelled("queued")) == []
+    assert scheduler.statistics().queued == scheduler.statistics().admitting == 0
+
+
+def test_a_lost_replica_abandons_its_forward_and_keeps_the_queue() -> None:
+    scheduler = ready(10)
+    submit(scheduler, "ann", Ticket("running", 10))
+    submit(scheduler, "ann", Ticket("queued", 10))
+
+    assert scheduler.handle(ReplicaLost()) == [Abandon(("running",))]
+    assert scheduler.handle(PassFinished(1)) == []
+    assert started(scheduler.handle(ReplicaReady(True))) == [("queued",)]
+
+
+def test_an_id_in_use_is_rejected_without_touching_the_first() -> None:
+    scheduler = ready()
+    submit(scheduler, "ann", Ticket("same", 1))
+
+    (answer,) = scheduler.handle(Arrived(("same",), "bob"))
+
+    assert isinstance(answer, Reject)
+    assert answer.reason == "known"
+
+
+def test_a_full_queue_rejects_whole_submissions_and_says_which_limit() -> None:
+    for limits, words in (
+        (QueueLimits(max_requests=2), "2 of at most 2 requests"),
+        (QueueLimits(max_requests_per_user=2), "2 of at most 2 requests a user"),
+        (QueueLimits(max_bytes=10), "10 of at most 10 bytes"),
+    ):
+        scheduler = ready(limits=limits)
+        assert scheduler.handle(Arrived(("a", "b"), "ann", 10)) == [Accept(("a", "b"))]
+
+        (answer,) = scheduler.handle(Arrived(("c",), "ann", 1))
+
+        assert isinstance(answer, Reject)
+        assert answer.reason == "busy"
+        assert words in answer.message
+        assert scheduler.handle(Admitted((), ("a", "b"))) == []
+        assert scheduler.handle(Arrived(("c",), "ann", 1)) == [Accept(("c",))]
+
+
+class RandomWalk(RuleBasedStateMachine):
+    """Any order of arrivals, admissions, cancels, forwards and losses keeps every promise."""
+
+    BUDGET = 20
+
+    @initialize(packed=st.booleans())
+    def begin(self, packed: bool) -> None:
+        self.scheduler = Scheduler(Budget(self.BUDGET), QueueLimits())
+        self.count = 0
+        self.packed = packed
+        self.ready = False
+        self.tokens: dict[str, int] = {}
+        self.user_of: dict[str, str] = {}
+        self.admitting: list[tuple[str, ...]] = []
+        self.queued: dict[str, list[str]] = {}
+        self.running: tuple[str, ...] = ()
+        self.sequence = 0
+        self.ended: Counter[str] = Counter()
+        self.waited: dict[str, int] = {}
+
+    def obey(self, commands: list[Command]) -> None:
+        for command in commands:
+            match command:
+                case StartPass():
+                    self.check_pass(command)
+                case Abandon(requests=requests):
+                    assert set(requests) <= set(self.running)
+                    self.ended.update(requests)
+                case Drop(request=request):
+                    self.ended[request] += 1
+                case Announce(request=request, position=position):
+                    others = sum(map(len, self.queued.values()))
+                    assert 0 <= position <= others
+                case _:
+                    raise AssertionError(command)
+
+    def check_pass(self, start: StartPass) -> None:
+        assert self.ready and not self.running
+        assert start.sequence == self.sequence + 1
+        assert start.layout == ("packed" if self.packed else "dense")
+        assert len(start.requests) == 1 or self.packed
+        assert len(start.requests) == 1 or self.total(start.requests) <= self.BUDGET
+        backlog = set(self.queued)
+        for request in start.requests:
+            queue = self.queued[self.user_of[request]]
+            assert queue.pop(0) == request, "first in, first out inside a user"
+        self.queued = {user: queue for user, queue in self.queued.items() if queue}
+        self.check_turns(start.requests, backlog)
+        self.sequence, self.running = start.sequence, start.requests
+
+    def check_turns(self, requests: tuple[str, ...], backlog: set[str]) -> None:
+        served = Counter(self.user_of[request] for request in requests)
+        for user in backlog:
+            self.waited[user] = 0 if served[user] else self.waited.get(user, 0) + 1
+            assert self.waited[user] <= 5, "nobody waits longer than there are users"
+        left = self.BUDGET - self.total(requests)
+        if self.packed:
+            for queue in self.queued.values():
+                assert self.tokens[queue[0]] > left, "a forward starts as full as turns allow"
+
+    def total(self, requests: tuple[str, ...]) -> int:
+        return sum(self.tokens[request] for request in requests)
+
+    @rule(
+        user=st.sampled_from("ABCDE"),
+        sizes=st.lists(st.integers(1, 25), min_size=1, max_size=8),
+    )
+    def arrive(self, user: str, sizes: list[int]) -> None:
+        names = []
+        for size in sizes:
+            self.count += 1
+            names.append(f"r{self.count}")
+            self.tokens[names[-1]], self.user_of[names[-1]] = size, user
+        assert self.scheduler.handle(Arrived(tuple(names), user)) == [Accept(tuple(names))]
+        self.admitting.append(tuple(names))
+
+    @precondition(lambda self: self.admitting)
+    @rule(data=st.data())
+    def admit(self, data: st.DataObject) -> None:
+        names = self.admitting.pop(0)
+        refused = tuple(name for name in names if data.draw(st.booleans(), label=f"refuse {name}"))
+        kept = [name for name in names if name not in refused]
+        self.ended.update(name for name in refused if not self.ended[name])
+        for name in kept:
+            if not self.ended[name]:
+                self.queued.setdefault(self.user_of[name], []).append(name)
+        tickets = tuple(Ticket(name, self.tokens[name]) for name in kept)
+        self.obey(self.scheduler.handle(Admitted(tickets, refused)))
+
+    @precondition(lambda self: self.count)
+    @rule(data=st.data())
+    def cancel(self, data: st.DataObject) -> None:
+        name = f"r{data.draw(st.integers(1, self.count))}"
+        alive = not self.ended[name]
+        user = self.user_of[name]
+        if name in self.queued.get(user, ()):
+            self.queued[user].remove(name)
+            self.queued = {user: queue for user, queue in self.queued.items() if queue}
+        commands = self.scheduler.handle(Cancelled(name))
+        assert commands == ([Drop(name)] if alive else [])
+        self.obey(commands)
+
+    @precondition(lambda self: self.running)
+    @rule()
+    def finish(self) -> None:
+        self.ended.update(name for name in self.running if not self.ended[name])
+        self.running = ()
+        self.obey(self.scheduler.handle(PassFinished(self.sequence)))
+
+    @precondition(lambda self: not self.ready)
+    @rule()
+    def become_ready(self) -> None:
+        self.ready = True
+        self.obey(self.scheduler.handle(ReplicaReady(self.packed)))
+
+    @precondition(lambda self: self.ready)
+    @rule()
+    def lose(self) -> None:
+        self.ready = False
+        self.obey(self.scheduler.handle(ReplicaLost()))
+        self.running = ()
+
+    @invariant()
+    def nothing_is_lost_or_ended_twice(self) -> None:
+        waiting = sum(map(len, self.queued.values()))
+        checking = sum(not self.ended[name] for names in self.admitting for name in names)
+        running = sum(not self.ended[name] for name in self.running)
+        assert all(count <= 1 for count in self.ended.values())
+        assert waiting + checking + running + sum(self.ended.values()) == self.count
+        statistics = self.scheduler.statistics()
+        assert (statistics.queued, statistics.running) == (waiting, running)
+        assert statistics.admitting == checking
+
+    @invariant()
+    def nothing_waits_while_the_replica_is_idle(self) -> None:
+        assert not (self.ready and not self.running and self.queued)
+
+
+TestRandomWalk = RandomWalk.TestCase
+TestRandomWalk.settings = settings(
+    max_examples=60,
+    stateful_step_count=40,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+
+
+def test_equal_users_get_equal_shares_of_every_forward() -> None:
+    scheduler = ready(10)
+    submit(scheduler, "warm", Ticket("warm", 10))
+    for user in "abc":
+        submit(scheduler, user, *(Ticket(f"{user}{i}", 1) for i in range(30)))
+
+    for sequence in range(1, 6):
+        (batch,) = started(scheduler.handle(PassFinished(sequence)))
+        shares = Counter(request[0] for request in batch)
+        assert len(batch) == 10
+        assert max(shares.values()) - min(shares.values()) <= 1
+        assert math.isclose(sum(shares.values()), 10)
