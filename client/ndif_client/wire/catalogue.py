@@ -12,7 +12,7 @@ from typing import Literal
 import msgspec
 
 Cost = Literal["free", "elementwise", "reduction", "matmul", "sort"]
-Home = Literal["torch", "tensor", "functional", "linalg", "special"]
+Home = Literal["torch", "functional", "linalg", "special"]
 
 
 class Op(msgspec.Struct, frozen=True, kw_only=True):
@@ -21,7 +21,8 @@ class Op(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         name: what graphs call it; also the function and the proxy method of that name.
         parameters: argument names in order, "tensor" ones first; `*` starts keyword-only ones.
-        home: where torch keeps it: `torch.x`, `torch.Tensor.x`, `torch.nn.functional.x`, ...
+        home: where torch keeps it: `torch.x`, `torch.nn.functional.x`, ...; "special"
+            ones are written in the server's table.
         torch_name: its name there, when different.
         method: whether proxies offer it as a method (`self` is the first parameter).
         fields: names of the results, where there are several.
@@ -129,9 +130,9 @@ def _ops() -> list[Op]:
     op("cumprod", "input dim", "Running product along `dim`.", cost="reduction")
     op("topk", "input k dim largest sorted", "The `k` largest along `dim`.",
        fields=("values", "indices"), cost="sort")  # fmt: skip
-    op("sort", "input dim descending stable", "Sort along `dim`.", home="tensor",
+    op("sort", "input dim descending stable", "Sort along `dim`.", home="special",
        fields=("values", "indices"), cost="sort")  # fmt: skip
-    op("argsort", "input dim descending stable", "Indices that sort along `dim`.", home="tensor",
+    op("argsort", "input dim descending stable", "Indices that sort along `dim`.", home="special",
        differentiable=False, cost="sort")  # fmt: skip
     op("quantile", "input q dim keepdim", "Quantiles along `dim`.", cost="sort")
 
@@ -141,8 +142,8 @@ def _ops() -> list[Op]:
     op("mv", "input vec", "Matrix times vector.", cost="matmul")
     op("dot", "input tensor", "Inner product of two vectors.", cost="matmul")
     op("outer", "input vec2", "Outer product of two vectors.", cost="matmul")
-    op("einsum", "equation operands", "Einstein summation; operands as one list.", method=False,
-       cost="matmul")  # fmt: skip
+    op("einsum", "equation operands", "Einstein summation; operands as one list.", home="special",
+       method=False, cost="matmul")  # fmt: skip
     op("linear", "input weight bias", "`input @ weight.T + bias`.", home="functional",
        method=False, cost="matmul")  # fmt: skip
     op("cdist", "x1 x2 p", "Distances between two sets of vectors.", method=False, cost="matmul")
@@ -177,7 +178,7 @@ def _ops() -> list[Op]:
     op("take_along_dim", "input indices dim", "Values at `indices` along `dim`.", bounded_index=1)
     op("embedding", "input weight", "Rows of `weight` at the ids `input`.", home="functional",
        method=False, bounded_index=0)  # fmt: skip
-    op("one_hot", "tensor num_classes", "One-hot vectors; `num_classes` is required.",
+    op("one_hot", "input num_classes", "One-hot vectors; `num_classes` is required.",
        home="functional", differentiable=False, bounded_index=0)  # fmt: skip
     op("where", "condition input other", "`input` where `condition`, else `other`.", method=False)
     op("masked_fill", "input mask value", "`value` where `mask`.")

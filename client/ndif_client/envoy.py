@@ -1,0 +1,228 @@
+"""Modules of the served model, to be browsed, read, written and called without weights."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from ndif_client.arguments import encode, recorder_of
+from ndif_client.errors import UnknownNameError, graph_error
+from ndif_client.outputs import HookTuple, read_hook, write_hook
+from ndif_client.proxy import Proxy
+from ndif_client.recorder import current_recorder
+from ndif_client.tree_text import tree_html, tree_text
+from ndif_client.values import Owned
+from ndif_client.wire.graph import CallModule, Port
+from ndif_client.wire.messages import HookInfo, ModuleInfo
+
+#: What every module has, whatever its own children are called.
+_OWN_NAMES = ("at_call", "input", "inputs", "output", "outputs")
+
+#: At most so many names are listed in an error.
+_MAX_LISTED = 24
+
+
+class Envoy:
+    """Stands for one module: `model.model.layers[3].mlp`.
+
+    Its children and parameters are attributes, as in torch; `output`, `input`, `inputs` and
+    `outputs` are what enters and leaves it in a forward. A child with one of those names is
+    reached by `module["output"]`.
+    """
+
+    def __init__(self, info: ModuleInfo, path: str = "", call: int = 0) -> None:
+        self._info = info
+        self._path = path
+        self._call = call
+        self._children = {child.name: child for child in info.children}
+        self._parameters = {parameter.name for parameter in info.parameters}
+
+    # ------------------------------------------------------------ hook points
+
+    @property
+    def output(self) -> Any:
+        """What the module returns: a value, or a `HookTuple` where it is a tuple or mapping.
+
+        Assigning replaces it: `module.output = value`. Each access reads anew, so it sees what
+        was written before it.
+        """
+        infos = self._hooks("output")
+        if len(infos) == 1 and infos[0].leaf == "":
+            return read_hook(self._path, infos[0])
+        return HookTuple(self._path, infos)
+
+    @property
+    def outputs(self) -> HookTuple:
+        """All tensors of the output, by their place in it."""
+        return HookTuple(self._path, self._hooks("output"))
+
+    @property
+    def input(self) -> Any:
+        """The first tensor the module is called with; assigning replaces it."""
+        return read_hook(self._path, self._first_input())
+
+    @property
+    def inputs(self) -> HookTuple:
+        """All tensors the module is called with: `inputs.args[0]`, `inputs.kwargs["mask"]`."""
+        return HookTuple(self._path, self._hooks("input"))
+
+    def at_call(self, call: int) -> Envoy:
+        """Return the same module at its `call`-th call (from 0) within one forward."""
+        calls = {hook.call for hook in self._info.hooks}
+        if call not in calls:
+            raise graph_error(f"{self._title()} is called {len(calls)} time(s) in a forward")
+        return Envoy(self._info, self._path, call)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Proxy:
+        """Apply the module to values: `model.lm_head(model.model.norm(h))`."""
+        recorder = recorder_of(self._title(), args, kwargs)
+        node = CallModule(
+            self._path,
+            [encode(argument, recorder) for argument in args],
+            {name: encode(argument, recorder) for name, argument in kwargs.items()},
+        )
+        return Proxy(recorder, recorder.add(node))
+
+    def _hooks(self, port: Port) -> list[HookInfo]:
+        hooks = [h for h in self._info.hooks if h.port == port and h.call == self._call]
+        if not hooks:
+            used = any(child.hooks for child in self._info.children)
+            hint = "; use one of its items" if used and self._children else ""
+            raise graph_error(
+                f"{self._title()} is not called in a forward, so it has no {port}{hint}",
+                UnknownNameError,
+            )
+        return hooks
+
+    def _first_input(self) -> HookInfo:
+        hooks = self._hooks("input")
+        return next((h for h in hooks if h.leaf == "args.0"), hooks[0])
+
+    # ------------------------------------------------------------ children and parameters
+
+    def __getitem__(self, key: int | slice | str) -> Any:
+        """Return an item of a list of modules, or any module or parameter by its path."""
+        if isinstance(key, str):
+            found: Any = self
+            for name in key.split("."):
+                found = found._named(name)
+            return found
+        items = self._items()
+        if isinstance(key, slice):
+            return [self._child(child) for child in items[key]]
+        if not -len(items) <= key < len(items):
+            raise graph_error(
+                f"{self._title()}[{key}]: it has {len(items)} items (0 to {len(items) - 1})",
+                UnknownNameError,
+            )
+        return self._child(items[key])
+
+    def __iter__(self) -> Iterator[Envoy]:
+        return (self._child(child) for child in self._items())
+
+    def __len__(self) -> int:
+        return len(self._items())
+
+    def __bool__(self) -> bool:
+        return True
+
+    def _items(self) -> list[ModuleInfo]:
+        if not self._info.children or not all(c.name.isdigit() for c in self._info.children):
+            raise graph_error(
+                f"{self._title()} ({self._info.kind}) is not a list of modules; it has "
+                f"{self._offered()}"
+            )
+        return self._info.children
+
+    def _child(self, info: ModuleInfo) -> Envoy:
+        return Envoy(info, f"{self._path}.{info.name}" if self._path else info.name)
+
+    def _named(self, name: str) -> Any:
+        if name in self._children:
+            return self._child(self._children[name])
+        if name in self._parameters:
+            path = f"{self._path}.{name}" if self._path else name
+            recorder = current_recorder(path)
+            return Proxy(recorder, recorder.parameter(path), Owned(path))
+        raise self._no_attribute(name)
+
+    # ------------------------------------------------------------ the rest of Python
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            if name.startswith("_"):
+                raise AttributeError(name)
+            return self._named(name)
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            if name.startswith("_"):
+                object.__setattr__(self, name, value)
+            elif name == "output":
+                self._write("output", value)
+            elif name == "input":
+                write_hook(self._path, self._first_input(), value)
+            elif name in ("inputs", "outputs"):
+                raise graph_error(
+                    f"write one of the {name}: {self._title()}.{name}[...] = value, or .args[0] = "
+                    "value for inputs"
+                )
+            elif name in self._children or name in self._parameters:
+                raise graph_error(
+                    f"{self._title()}.{name} belongs to the model, which others use too: it can't "
+                    "be replaced; write its output instead"
+                )
+            else:
+                raise self._no_attribute(name)
+
+    else:
+
+        def __getattr__(self, name: str) -> Any: ...
+
+        def __setattr__(self, name: str, value: Any) -> None: ...
+
+    def _write(self, port: Port, value: Any) -> None:
+        infos = self._hooks(port)
+        if len(infos) == 1 and not isinstance(value, tuple | list):
+            write_hook(self._path, infos[0], value)
+            return
+        if len(infos) == 1 and infos[0].leaf == "":
+            write_hook(self._path, infos[0], value)
+            return
+        parts = HookTuple(self._path, infos)
+        if not isinstance(value, tuple | list):
+            raise graph_error(f"{parts!r}\nwrite one of them, or assign a tuple of all")
+        for index, part in enumerate(value):
+            if part is not None:
+                parts[index] = part
+
+    def __dir__(self) -> list[str]:
+        children = [name for name in self._children if name.isidentifier()]
+        return [*_OWN_NAMES, *children, *self._parameters]
+
+    def __repr__(self) -> str:
+        return tree_text(self._info)
+
+    def _repr_html_(self) -> str:
+        return tree_html(self._info)
+
+    # ------------------------------------------------------------ errors
+
+    def _title(self) -> str:
+        return self._path or self._info.kind
+
+    def _offered(self) -> str:
+        names = [*self._children, *sorted(self._parameters)]
+        listed = ", ".join(names[:_MAX_LISTED]) or "no children"
+        more = f" and {len(names) - _MAX_LISTED} more" if len(names) > _MAX_LISTED else ""
+        return listed + more
+
+    def _no_attribute(self, name: str) -> Exception:
+        names = [*self._children, *self._parameters, *_OWN_NAMES]
+        near = difflib.get_close_matches(name, names, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ";"
+        return graph_error(
+            f"{self._title()} ({self._info.kind}) has no {name!r}{hint} it has {self._offered()}",
+            UnknownNameError,
+        )

@@ -1,0 +1,67 @@
+"""What a user may give as a prompt, brought to the one form the wire knows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from ndif_client.errors import graph_error
+from ndif_client.wire.graph import MAX_PROMPTS, Invoke
+from ndif_client.wire.tensors import is_array
+
+#: A text, token ids, or several of either; arrays and tensors of ids are taken too.
+Prompt = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | Any
+
+
+def as_invoke(prompt: Prompt) -> Invoke:
+    """Return the invoke for a prompt.
+
+    Raises:
+        GraphError: it is empty, or neither text nor token ids.
+    """
+    prompts = _several(prompt)
+    if len(prompts) > MAX_PROMPTS:
+        raise graph_error(f"{len(prompts)} prompts in one invoke; the limit is {MAX_PROMPTS}")
+    return Invoke(prompts)
+
+
+def _several(prompt: Prompt) -> list[str | list[int]]:
+    if isinstance(prompt, str):
+        return [prompt]
+    items = _items(prompt)
+    if not items:
+        raise graph_error("the prompt is empty; give a text or at least one token id")
+    if all(_is_id(item) for item in items):
+        return [_ids(items)]
+    return [item if isinstance(item, str) else _ids(_items(item)) for item in items]
+
+
+def _items(prompt: Any) -> list[Any]:
+    if is_array(prompt):
+        if prompt.ndim not in (1, 2):
+            raise graph_error(
+                f"an array of token ids has one or two dimensions, not {prompt.ndim}"
+            )
+        listed: list[Any] = prompt.tolist()
+        return listed
+    if isinstance(prompt, list | tuple | range):
+        return list(prompt)
+    raise graph_error(
+        f"a prompt is a text, a list of token ids, or a list of either, not "
+        f"{type(prompt).__name__}"
+    )
+
+
+def _ids(items: list[Any]) -> list[int]:
+    if not items:
+        raise graph_error("a prompt has no token ids; give at least one")
+    for item in items:
+        if not _is_id(item) or item < 0:
+            raise graph_error(f"token ids are integers from 0, not {item!r}")
+    return [int(item) for item in items]
+
+
+def _is_id(item: Any) -> bool:
+    if isinstance(item, bool | str | float) or not hasattr(item, "__index__"):
+        return False
+    return not is_array(item) or item.ndim == 0

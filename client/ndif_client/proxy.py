@@ -1,0 +1,322 @@
+"""Proxies: what a trace's values look like in Python. Using one records; nothing is computed.
+
+Operators and the catalogue's methods are put on the class by `operators`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ndif_client.arguments import (
+    bind,
+    encode_call,
+    encode_content,
+    encode_index,
+    is_basic,
+    is_dtype,
+    recorder_of,
+)
+from ndif_client.errors import NoValueError, UnknownNameError, ValueUnknownError, graph_error
+from ndif_client.recorder import Recorder
+from ndif_client.values import VIEW_OPS, Delegate, Hooked, Origin, Value, View, change, node_of
+from ndif_client.wire.catalogue import ALIASES, CATALOGUE, Op
+from ndif_client.wire.graph import Apply, Dots, Items, Ref
+from ndif_client.wire.tensors import is_array
+
+#: What Python may ask of a tensor but not of a value that is still to be computed.
+_UNKNOWN = {
+    "__bool__": "whether it is true; use ops.where(condition, a, b) in the place of `if`, `and`, "
+    "`or` (and & | ~ for masks)",
+    "__len__": "its length; use -1 and negative indices, or sizes of session.tree",
+    "__iter__": "how many items it has; index it, or loop over a range of known length",
+    "__contains__": "what it contains; use (value == x).any()",
+    "__float__": "its number; leave out float(...), or save it and use .value after the trace",
+    "__int__": "its number; leave out int(...), or save it and use .value after the trace",
+    "__complex__": "its number; save it and use .value after the trace",
+    "__index__": "its number; a value can index a value: h[:, position]",
+    "__array__": "its numbers; use the catalogue's operations (ndif_client.ops) on it, or save it "
+    "and use .value after the trace",
+    "shape": "its shape; use -1 in view and reshape, negative indices, or sizes of session.tree",
+    "size": "its size; use -1 in view and reshape, negative indices, or sizes of session.tree",
+    "numel": "how many elements it has; use .mean() in the place of .sum() / .numel()",
+    "nelement": "how many elements it has; use .mean() in the place of .sum() / .nelement()",
+    "ndim": "how many dimensions it has; count them from the end: -1, -2",
+    "dim": "how many dimensions it has; count them from the end: -1, -2",
+    "dtype": "its dtype; session.tree.dtype is the model's",
+    "device": "its device; tensors of this machine can be used with it as they are",
+    "item": "its number; save it and use .value.item() after the trace",
+    "tolist": "its numbers; save it and use .value.tolist() after the trace",
+    "numpy": "its numbers; save it and use .value.numpy() after the trace",
+    "data": "its numbers; save it and use .value after the trace",
+    "backward": "its gradient; gradients are not offered by this version",
+    "grad": "its gradient; gradients are not offered by this version",
+}
+
+
+class Proxy(Value):
+    """A value of the model, or computed from one, that exists on the server when the trace runs."""
+
+    __slots__ = ("_saved",)
+
+    #: numpy leaves operators with arrays on the left to us.
+    __array_ufunc__ = None
+
+    def __init__(
+        self,
+        recorder: Recorder,
+        node: int,
+        origin: Origin = None,
+        fields: tuple[str, ...] | None = None,
+    ) -> None:
+        super().__init__(recorder, node, origin, fields)
+        #: number of the node that saves it
+        self._saved: int | None = None
+
+    def save(self, name: str | None = None) -> Proxy:
+        """Have the value sent back, as it is at this point of the program.
+
+        Args:
+            name: what the result calls it; by default the name of the variable that holds it.
+
+        Returns:
+            The proxy itself; when the trace has run, its `value` is a tensor.
+        """
+        number = self._recorder.save(node_of(self))
+        if name is not None:
+            self._recorder.name(name, number)
+        self._saved = number
+        return self
+
+    @property
+    def value(self) -> Any:
+        """The saved value, when the trace has run: a tensor, or a tuple of tensors.
+
+        Raises:
+            NoValueError: it was not saved, or the trace has not run, or has failed.
+        """
+        recorder = self._recorder
+        if self._saved is None:
+            at = recorder.source_of(self._node)
+            raise NoValueError(
+                f"this value was not saved; call .save() on it inside of the trace\n  at {at}"
+            )
+        if recorder.failure is not None:
+            raise NoValueError(
+                f"there is no value, because the trace has failed: {recorder.failure}"
+            ) from recorder.failure
+        if recorder.result is None:
+            raise NoValueError(
+                "there is no value yet: the trace has not run. It runs at the end of "
+                "`async with session.trace(...)`, or at `await trace` after a plain `with`"
+            )
+        return recorder.result.saved(self._saved)
+
+    # ------------------------------------------------------------ indexing
+
+    def __getitem__(self, index: Any) -> Proxy:
+        if self._fields is not None:
+            return self._item(index)
+        encoded = encode_index(index, self._recorder)
+        apply = Apply("getitem", [Ref(node_of(self)), encoded])
+        origin = View(self, apply, self._version) if is_basic(index) else None
+        return Proxy(self._recorder, self._recorder.add(apply), origin)
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        if self._fields is not None:
+            raise graph_error("the items of a tuple of tensors can't be replaced")
+        recorder = self._recorder
+        encoded = encode_index(index, recorder)
+        if _is_own_view(value, self, encoded):
+            return  # `h[i] += v` has changed h already
+        content = encode_content(value, recorder)
+        change(self, recorder.add(Apply("setitem", [Ref(node_of(self)), encoded, content])))
+
+    def _item(self, index: Any) -> Proxy:
+        assert self._fields is not None
+        if not isinstance(index, int) or isinstance(index, bool):
+            raise graph_error(f"a tuple of tensors is indexed by one number, not {index!r}")
+        if self._fields and not -len(self._fields) <= index < len(self._fields):
+            raise graph_error(f"item {index} of a tuple of {len(self._fields)} tensors")
+        apply = Apply("getitem", [Ref(node_of(self)), index])
+        looks_at = isinstance(self._origin, View)
+        origin = View(self, apply, self._version) if looks_at else None
+        return Proxy(self._recorder, self._recorder.add(apply), origin)
+
+    def __iter__(self) -> Iterator[Proxy]:
+        if not self._fields:
+            raise _unknown(self, "__iter__")
+        return (self._item(index) for index in range(len(self._fields)))
+
+    def __len__(self) -> int:
+        if not self._fields:
+            raise _unknown(self, "__len__")
+        return len(self._fields)
+
+    # ------------------------------------------------------------ dtypes and devices
+
+    def to(self, *args: Any, **kwargs: Any) -> Proxy:
+        """Return the value in another dtype; devices mean nothing here and are passed over."""
+        wanted = [value for value in (*args, *kwargs.values()) if is_dtype(value)]
+        if not wanted:
+            if any(isinstance(value, Value | Delegate) for value in args):
+                raise graph_error("to(...) takes a dtype, not another value")
+            return self
+        return apply_op("to", (self, wanted[0]), {})
+
+    type = to
+
+    def cpu(self) -> Proxy:
+        """Return the value itself: results always arrive on the CPU."""
+        return self
+
+    def cuda(self, *_: Any) -> Proxy:
+        """Return the value itself: where it is computed is the server's choice."""
+        return self
+
+    def contiguous(self) -> Proxy:
+        """Return the value itself: how it lies in memory is the server's choice."""
+        return self
+
+    @property
+    def T(self) -> Proxy:
+        """The transpose of a matrix."""
+        return apply_op("permute", (self, (1, 0)), {})
+
+    @property
+    def mT(self) -> Proxy:
+        """The value with its last two dimensions swapped."""
+        return apply_op("transpose", (self, -2, -1), {})
+
+    # ------------------------------------------------------------ the rest of Python
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            if self._fields and name in self._fields:
+                return self._item(self._fields.index(name))
+            raise _no_attribute(self, name)
+
+    else:
+
+        def __getattr__(self, name: str) -> Any: ...
+
+    def __hash__(self) -> int:
+        return id(self)
+
+    def __dir__(self) -> list[str]:
+        fields = [name for name in self._fields or () if name.isidentifier()]
+        return [*super().__dir__(), *fields]
+
+    def __repr__(self) -> str:
+        recorder = self._recorder
+        if self._saved is not None and recorder.result is not None:
+            return f"Proxy(value={recorder.result.saved(self._saved)!r})"
+        place = f"{self._origin.hook}, " if isinstance(self._origin, Hooked) else ""
+        return f"Proxy({place}{recorder.source_of(self._node)})"
+
+    def __format__(self, spec: str) -> str:
+        return format(repr(self), spec)
+
+
+def apply_op(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Proxy:
+    """Record an operation of the catalogue and return its result.
+
+    Args:
+        name: its name there.
+        args, kwargs: as torch takes them: values, numbers, arrays, tensors, lists.
+
+    Raises:
+        GraphError: arguments that it does not take.
+    """
+    op = CATALOGUE[name]
+    bound, named = bind(op, args, kwargs)
+    if name in ("max", "min") and len(bound) > 1 and _is_tensor(bound[1]):
+        return apply_op(f"{name}imum", bound[:2], {})
+    recorder = recorder_of(name, bound, named)
+    encoded, encoded_named = encode_call(op, bound, named, recorder)
+    apply = Apply(name, encoded, encoded_named)
+    fields = _fields(op, encoded, encoded_named)
+    origin = None
+    if name in VIEW_OPS:
+        first = bound[0]._sole_value() if isinstance(bound[0], Delegate) else bound[0]
+        if isinstance(first, Value):
+            origin = View(first, apply, first._version)
+    return Proxy(recorder, recorder.add(apply), origin, fields)
+
+
+def change_op(name: str, value: Proxy, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Proxy:
+    """Record an operation that changes its first argument in place, as `h += v` does."""
+    changed = apply_op(name, (value, *args), kwargs)
+    if any(not isinstance(argument, int | float) for argument in (*args, *kwargs.values())):
+        # As in torch, a value changed in place keeps its shape and dtype.
+        filled = Apply("setitem", [Ref(node_of(value)), Dots(), Ref(node_of(changed))])
+        change(value, value._recorder.add(filled))
+    else:
+        change(value, node_of(changed))
+    return value
+
+
+def fill(value: Proxy, content: Any) -> Proxy:
+    """Record that all of `value` is replaced in place by `content`."""
+    recorder = value._recorder
+    encoded = encode_content(content, recorder)
+    change(value, recorder.add(Apply("setitem", [Ref(node_of(value)), Dots(), encoded])))
+    return value
+
+
+def _is_own_view(value: Any, parent: Proxy, index: Any) -> bool:
+    if not isinstance(value, Proxy) or not isinstance(value._origin, View):
+        return False
+    view = value._origin
+    return (
+        view.parent is parent
+        and view.apply.op == "getitem"
+        and view.apply.args[1] == index
+        and view.seen == parent._version
+    )
+
+
+def _is_tensor(argument: Any) -> bool:
+    return isinstance(argument, Value | Delegate) or is_array(argument)
+
+
+def _fields(op: Op, args: list[Any], kwargs: dict[str, Any]) -> tuple[str, ...] | None:
+    """Return the names of an operation's results where there are several."""
+    if op.fields:
+        single = op.name in ("max", "min", "median") and len(args) < 2 and "dim" not in kwargs
+        return None if single else op.fields
+    if op.name == "chunk" and len(args) > 1 and isinstance(args[1], int):
+        return tuple(map(str, range(args[1])))
+    if op.name == "split" and len(args) > 1 and isinstance(args[1], Items):
+        return tuple(map(str, range(len(args[1].values))))
+    return () if op.name in ("chunk", "split", "unbind") else None
+
+
+def _unknown(value: Value, asked: str) -> ValueUnknownError:
+    place = value._origin
+    known = ""
+    if isinstance(place, Hooked) and asked in ("shape", "size", "ndim", "dim", "__len__", "dtype"):
+        shape = ", ".join(map(str, place.info.shape))
+        known = f". At this hook point it is {place.info.dtype}[{shape}]"
+    error = graph_error(
+        f"this value is computed later, on the server, so nobody knows yet {_UNKNOWN[asked]}"
+        f"{known}",
+        ValueUnknownError,
+    )
+    assert isinstance(error, ValueUnknownError)
+    return error
+
+
+def _no_attribute(value: Value, name: str) -> Exception:
+    if name in _UNKNOWN:
+        return _unknown(value, name)
+    if name.startswith("_"):
+        return AttributeError(name)
+    offered = [*CATALOGUE, *ALIASES, *(value._fields or ())]
+    near = difflib.get_close_matches(name, offered, n=1)
+    hint = f"; did you mean .{near[0]}(...)?" if near else "; dir(ndif_client.ops) lists what is"
+    return graph_error(
+        f"{name!r} is not in the catalogue of operations{hint}", UnknownNameError
+    )

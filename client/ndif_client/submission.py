@@ -1,0 +1,238 @@
+"""Requests on their way: sent together where they can be, followed until each has ended.
+
+Requests submitted in the same turn of the event loop, as `asyncio.gather` does, go out in one
+POST, so that the server admits them together and they can share a forward. When the stream of
+their events breaks, each is asked for by its id.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine, Iterable, Sequence
+from contextlib import suppress
+from http import HTTPStatus
+from typing import Any
+
+import msgspec
+
+from ndif_client.batching import Encoded, frames_of
+from ndif_client.errors import (
+    ConnectError,
+    NdifError,
+    ProtocolError,
+    TraceCancelledError,
+    UnavailableError,
+    from_fault,
+)
+from ndif_client.transport import BrokenStreamError, Transport, quoted
+from ndif_client.wire.frames import Buffer, Frame
+from ndif_client.wire.messages import Done, Event, Failed, Queued, Running, TraceRequest
+
+#: Seconds between two questions about a trace whose stream broke: the first, and the longest.
+_ASK_AGAIN_S = (0.1, 2.0)
+
+#: Seconds to go on asking a server that does not answer.
+_GIVE_UP_S = 30.0
+
+#: Seconds a cancel may take while the session closes.
+_CANCEL_S = 2.0
+
+_events: msgspec.msgpack.Decoder[Event] = msgspec.msgpack.Decoder(Event)
+
+#: A result and the buffers it refers to.
+Reply = tuple[Done, list[memoryview]]
+
+
+class Pending:
+    """One request until it has ended."""
+
+    def __init__(
+        self,
+        request: TraceRequest,
+        buffers: Sequence[bytes],
+        on_event: Callable[[Queued | Running], None],
+    ) -> None:
+        self.id = request.id
+        self.encoded = Encoded(request, buffers)
+        self.reply: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
+        self.was_sent = False
+        self.was_heard_of = False
+        self.was_resent = False
+        self._on_event = on_event
+
+    def take(self, event: Event, buffers: list[memoryview]) -> None:
+        """Note what the server says of this request."""
+        self.was_heard_of = True
+        if self.reply.done():
+            return
+        if isinstance(event, Done):
+            self.reply.set_result((event, buffers))
+        elif isinstance(event, Failed):
+            self.reply.set_exception(from_fault(event.fault))
+        else:
+            try:
+                self._on_event(event)
+            except Exception as error:  # the user's own callback; it is raised where he awaits
+                self.reply.set_exception(error)
+
+    def fail(self, error: BaseException) -> None:
+        """End the request without an answer of its own."""
+        if not self.reply.done():
+            self.reply.set_exception(error)
+
+
+class Submitter:
+    """Sends requests and hands each its events."""
+
+    def __init__(self, transport: Transport) -> None:
+        self._transport = transport
+        self._waiting: list[Pending] = []
+        self._carried: dict[asyncio.Task[None], list[Pending]] = {}
+        self._cancels: set[asyncio.Task[None]] = set()
+
+    def submit(
+        self,
+        request: TraceRequest,
+        buffers: Sequence[bytes],
+        on_event: Callable[[Queued | Running], None],
+    ) -> Pending:
+        """Send a request at the end of this turn of the event loop."""
+        pending = Pending(request, buffers, on_event)
+        self._enqueue(pending)
+        return pending
+
+    def cancel(self, pending: Pending) -> None:
+        """Tell the server to forget a request, if it has ever heard of it."""
+        if pending.reply.done():
+            return
+        pending.reply.cancel()
+        if pending.was_sent:
+            self._cancels.add(_task(self._delete(pending.id), self._cancels.discard))
+        for task, batch in self._carried.items():
+            if all(other.reply.done() for other in batch):
+                task.cancel()
+
+    async def close(self) -> None:
+        """Cancel everything that has not ended."""
+        for pending in [*self._waiting, *(p for b in self._carried.values() for p in b)]:
+            if not pending.reply.done():
+                if pending.was_sent:
+                    self._cancels.add(_task(self._delete(pending.id), self._cancels.discard))
+                pending.fail(TraceCancelledError("the session was closed before the trace ended"))
+        carrying = list(self._carried)
+        for task in carrying:
+            task.cancel()
+        if self._cancels:
+            await asyncio.wait(self._cancels, timeout=_CANCEL_S)
+        await asyncio.gather(*carrying, return_exceptions=True)
+
+    # ------------------------------------------------------------ sending
+
+    def _enqueue(self, pending: Pending) -> None:
+        if not self._waiting:
+            asyncio.get_running_loop().call_soon(self._flush)
+        self._waiting.append(pending)
+
+    def _flush(self) -> None:
+        waiting, self._waiting = _open(self._waiting), []
+        start = 0
+        for count, frame in frames_of([p.encoded for p in waiting]):
+            batch = waiting[start : start + count]
+            start += count
+            task = _task(self._carry(batch, frame), lambda task: self._carried.pop(task, None))
+            self._carried[task] = batch
+
+    async def _carry(self, batch: list[Pending], frame: Sequence[Buffer]) -> None:
+        """Send a batch and follow it to its end; whatever goes wrong ends its requests."""
+        try:
+            if not await self._send(batch, frame):
+                await asyncio.gather(*map(self._ask, _open(batch)))
+        except Exception as error:
+            for pending in batch:
+                pending.fail(error)
+
+    async def _send(self, batch: list[Pending], frame: Sequence[Buffer]) -> bool:
+        """Post the frame and hand out its events; False if they must be asked for instead."""
+        for pending in batch:
+            pending.was_sent = True
+        by_id = {pending.id: pending for pending in batch}
+        try:
+            async with self._transport.frames("POST", "/v1/traces", frame) as stream:
+                while _open(batch):
+                    _hand_out(await stream.read(), by_id)
+        except BrokenStreamError:
+            return False
+        except NdifError as error:
+            if error.status != HTTPStatus.CONFLICT:
+                raise
+            return False  # an earlier POST has arrived although its connection broke
+        return True
+
+    # ------------------------------------------------------------ asking by id
+
+    async def _ask(self, pending: Pending) -> None:
+        """Ask for a request by its id until it has ended."""
+        loop = asyncio.get_running_loop()
+        wait_s, most_s = _ASK_AGAIN_S
+        heard_s = loop.time()
+        while not pending.reply.done():
+            try:
+                await self._ask_once(pending)
+                heard_s = loop.time()
+            except (BrokenStreamError, ConnectError) as error:
+                if loop.time() - heard_s > _GIVE_UP_S:
+                    pending.fail(self._transport.unreachable(error))
+            except NdifError as error:
+                if error.status == HTTPStatus.NOT_FOUND:
+                    self._resend(pending)
+                    return
+                pending.fail(error)
+            if not pending.reply.done():
+                await asyncio.sleep(wait_s)
+                wait_s = min(2 * wait_s, most_s)
+
+    async def _ask_once(self, pending: Pending) -> None:
+        path = f"/v1/traces/{quoted(pending.id)}"
+        async with self._transport.frames("GET", path) as stream:
+            _hand_out(await stream.read(), {pending.id: pending})
+
+    def _resend(self, pending: Pending) -> None:
+        """Send a request again that never arrived; its id keeps it from running twice."""
+        if pending.was_heard_of or pending.was_resent:
+            pending.fail(
+                UnavailableError(
+                    "the connection broke, and the server no longer knows this trace; "
+                    "send it again"
+                )
+            )
+            return
+        pending.was_resent = True
+        self._enqueue(pending)
+
+    async def _delete(self, name: str) -> None:
+        # A trace that has ended by itself, or a server that is gone, needs no cancelling.
+        with suppress(NdifError):
+            await self._transport.delete(f"/v1/traces/{quoted(name)}")
+
+
+def _open(batch: Iterable[Pending]) -> list[Pending]:
+    return [pending for pending in batch if not pending.reply.done()]
+
+
+def _hand_out(frame: Frame, by_id: dict[str, Pending]) -> None:
+    """Give the event of a frame to the request it is about."""
+    try:
+        event = _events.decode(frame.header)
+    except msgspec.DecodeError as error:  # ValidationError is one
+        raise ProtocolError(f"the server sent an event that is none: {error}") from error
+    if event.id not in by_id:
+        raise ProtocolError(f"the server sent an event of trace {event.id}, which is not ours")
+    by_id[event.id].take(event, frame.buffers)
+
+
+def _task(
+    work: Coroutine[Any, Any, None], when_done: Callable[[asyncio.Task[None]], Any]
+) -> asyncio.Task[None]:
+    task = asyncio.get_running_loop().create_task(work)
+    task.add_done_callback(when_done)
+    return task

@@ -1,0 +1,268 @@
+"""A value of the recorded program, and what changing it in place means.
+
+Values on the wire never change, so an in-place change is recorded as a new value, and the Python
+object stands for it from then on. As in torch, views see changes of what they look at and pass
+their own on to it; a change that reaches a hook point is written there.
+
+    h = layer.output        Hooked     h[0] = 0   ->  setitem, then a write of the hook point
+    g = h[0]                View of h  g[:] = 0   ->  setitem on g, setitem on h, then the write
+    w = layer.weight        Owned      read-only
+    s = h + 1               (neither)  s[0] = 0   ->  setitem
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ndif_client.errors import ClosedTraceError, graph_error
+from ndif_client.recorder import Recorder
+from ndif_client.wire.graph import Apply, Argument, HookPoint, Items, Ref, Source
+from ndif_client.wire.messages import HookInfo
+
+#: Operations whose result shares memory with their first argument in torch.
+VIEW_OPS = frozenset(
+    (
+        "broadcast_to", "chunk", "detach", "diagonal", "expand", "flatten", "getitem", "movedim",
+        "narrow", "permute", "reshape", "select", "split", "squeeze", "transpose", "unbind",
+        "unflatten", "unsqueeze", "view",
+    )
+)  # fmt: skip
+
+_RESHAPES = frozenset(("flatten", "reshape", "unflatten", "view"))
+
+
+@dataclass(slots=True)
+class Hooked:
+    """Where a value was read: changes of it are written there."""
+
+    hook: HookPoint
+    info: HookInfo
+    invoke: int
+
+
+@dataclass(slots=True)
+class Owned:
+    """The model's own parameter or buffer."""
+
+    path: str
+
+
+@dataclass(slots=True)
+class View:
+    """What a value looks at.
+
+    Attributes:
+        parent: the value it is a part or another shape of.
+        apply: the operation that made it; its first argument stands for the parent.
+        seen: the parent's version it was made from.
+    """
+
+    parent: Value
+    apply: Apply
+    seen: int
+
+
+Origin = Hooked | Owned | View | None
+
+
+class Value:
+    """A value of one trace: the node it stands for now, and where it comes from."""
+
+    __slots__ = ("_fields", "_given", "_node", "_origin", "_recorder", "_stale", "_version")
+
+    def __init__(
+        self,
+        recorder: Recorder,
+        node: int,
+        origin: Origin = None,
+        fields: tuple[str, ...] | None = None,
+    ) -> None:
+        self._recorder = recorder
+        self._node = node
+        self._origin = origin
+        #: names of its items where it is a tuple of tensors, () where nobody knows how many
+        self._fields = fields
+        self._version = 0
+        #: the line that changed it through a view that can't be followed back
+        self._stale: Source | None = None
+        #: the line that wrote it to a hook point
+        self._given: Source | None = None
+
+
+class Delegate:
+    """Something that stands for a value where one is needed, such as a module's output."""
+
+    def _sole_value(self) -> Value:
+        raise NotImplementedError
+
+
+def node_of(value: Value, recorder: Recorder | None = None) -> int:
+    """Return the node a value stands for now; a view of a changed value is made again.
+
+    Args:
+        value: the value.
+        recorder: the trace it is wanted in, if not its own.
+
+    Raises:
+        ClosedTraceError: it belongs to another trace.
+        GraphError: it was changed in a way that can't be followed.
+    """
+    own = value._recorder
+    if recorder is not None and recorder is not own:
+        raise graph_error(
+            "a value of one trace is used in another; values don't outlive their trace. Save it, "
+            "and use its .value, or put both prompts into one trace with trace.invoke(...)",
+            ClosedTraceError,
+            other=own.source_of(value._node),
+        )
+    if value._stale is not None:
+        raise graph_error(
+            "this value was changed through a reshaped view of it, which can't be followed; change "
+            "it by indexing, or view a .clone()",
+            other=value._stale,
+        )
+    origin = value._origin
+    if isinstance(origin, View):
+        parent = node_of(origin.parent)
+        if origin.seen != origin.parent._version:
+            _replace(value, own.add(_with_input(origin.apply, parent)))
+            origin.seen = origin.parent._version
+    return value._node
+
+
+def change(value: Value, node: int) -> None:
+    """Let `value` stand for `node` from now on, and pass the change on to what it looks at.
+
+    Raises:
+        GraphError: it can't be passed on, or may not be changed.
+    """
+    steps = _way_up(value)
+    _replace(value, node)
+    top = value
+    for child, view, inverse in steps:
+        top = view.parent
+        if inverse is None:
+            _mark_stale(top, value._recorder.source_of(node))
+            return
+        _replace(top, _record_inverse(inverse, child))
+        view.seen = top._version
+    if isinstance(top._origin, Hooked):
+        place = top._origin
+        top._recorder.write(place.hook, place.info, Ref(top._node), place.invoke)
+
+
+def _way_up(value: Value) -> list[tuple[Value, View, Apply | None]]:
+    """Return, for each view from `value` upwards, how its parent follows from it, if it does."""
+    steps: list[tuple[Value, View, Apply | None]] = []
+    current = value
+    _check_changeable(current)
+    while isinstance(current._origin, View):
+        view = current._origin
+        steps.append((current, view, _inverse(view)))
+        current = view.parent
+        _check_changeable(current)
+    if isinstance(current._origin, Hooked):
+        for child, view, inverse in steps:
+            if inverse is None:
+                _refuse_lost(child, view.apply.op, current._origin.hook)
+    return steps
+
+
+def _refuse_lost(child: Value, op: str, hook: HookPoint) -> None:
+    raise graph_error(
+        f"a change through .{op}(...) can't be followed back to {hook}; change it by indexing, or "
+        "change a .clone() and assign that",
+        hook=str(hook),
+        other=child._recorder.source_of(child._node),
+    )
+
+
+def _mark_stale(value: Value, at: Source) -> None:
+    value._stale = at
+    while isinstance(value._origin, View):
+        value = value._origin.parent
+        value._stale = at
+
+
+def _check_changeable(value: Value) -> None:
+    if isinstance(value._origin, Owned):
+        raise graph_error(
+            f"{value._origin.path} belongs to the model, which others use too: it is read-only; "
+            "change a .clone() of it"
+        )
+    if value._given is not None:
+        raise graph_error(
+            "this value has been given to the model; change it before that, or change the "
+            "module's output itself",
+            other=value._given,
+        )
+
+
+#: Stands in an inverse for the child's node, which is not known yet.
+_CHILD = Ref(0)
+
+#: "Operation" of an inverse that is the child itself.
+_SAME = "same"
+
+
+def _inverse(view: View) -> Apply | None:
+    """Return how the parent follows from a changed view of it, or None if it doesn't."""
+    op, args = view.apply.op, list(view.apply.args[1:])
+    named = view.apply.kwargs
+    if view.parent._fields is not None:
+        return None
+    if op == "getitem":
+        return Apply("setitem", [Ref(view.parent._node), args[0], _CHILD])
+    if op == "detach":
+        return Apply(_SAME, [_CHILD])
+    if op == "transpose":
+        return Apply(op, [_CHILD, *args], named)
+    if op == "movedim" and len(args) == 2:
+        return Apply(op, [_CHILD, args[1], args[0]])
+    if op == "unsqueeze":
+        return Apply("squeeze", [_CHILD, *args], named)
+    if op == "permute":
+        order = _inverse_order(args[0] if args else named.get("dims"))
+        return None if order is None else Apply(op, [_CHILD, order])
+    if op in _RESHAPES:
+        shape = _shape_up_to_one(view.parent)
+        return None if shape is None else Apply("reshape", [_CHILD, shape])
+    return None
+
+
+def _inverse_order(dims: Argument) -> Items | None:
+    if not isinstance(dims, Items):
+        return None
+    order = [d % len(dims.values) for d in dims.values if isinstance(d, int)]
+    if len(order) != len(dims.values):
+        return None
+    return Items(sorted(range(len(order)), key=order.__getitem__))
+
+
+def _shape_up_to_one(value: Value) -> Items | None:
+    """Return a value's shape with -1 for at most one size that only the server knows."""
+    if not isinstance(value._origin, Hooked):
+        return None
+    place = value._origin
+    batch = len(value._recorder.invokes[place.invoke].prompts)
+    sizes: list[Argument] = []
+    for size in place.info.shape:
+        sizes.append(batch if size == "batch" else -1 if isinstance(size, str) else size)
+    return Items(sizes) if sizes.count(-1) <= 1 else None
+
+
+def _record_inverse(inverse: Apply, child: Value) -> int:
+    """Record the operation that makes the parent, with the child in its place."""
+    if inverse.op == _SAME:
+        return child._node
+    args = [Ref(child._node) if argument is _CHILD else argument for argument in inverse.args]
+    return child._recorder.add(Apply(inverse.op, args, inverse.kwargs))
+
+
+def _with_input(apply: Apply, node: int) -> Apply:
+    return Apply(apply.op, [Ref(node), *apply.args[1:]], apply.kwargs)
+
+
+def _replace(value: Value, node: int) -> None:
+    value._node = node
+    value._version += 1
