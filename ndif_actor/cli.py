@@ -134,6 +134,18 @@ def shard(
 
 
 @app.command()
+def fetch(model: Model) -> None:
+    """Download MODEL with a progress bar, so that it is there when it is to be served."""
+    from ndif_actor.engine.checkpoint import resolve
+    from ndif_actor.errors import ModelError
+
+    try:
+        print(resolve(model))
+    except ModelError as error:
+        raise typer.Exit(_complain(error)) from None
+
+
+@app.command()
 def version() -> None:
     """Print the version and what it speaks."""
     from ndif_actor.http.status import version as describe

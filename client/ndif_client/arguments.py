@@ -81,15 +81,20 @@ def usage(op: Op) -> str:
 
 def signature(op: Op) -> inspect.Signature:
     """Return an operation's signature, for help texts and completion."""
-    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    parameters = []
-    for name in op.parameters:
-        if name == "*":
-            kind = inspect.Parameter.KEYWORD_ONLY
-        else:
-            default = inspect.Parameter.empty if not parameters else None
-            parameters.append(inspect.Parameter(name, kind, default=default))
-    return inspect.Signature(parameters)
+    star = op.parameters.index("*") if "*" in op.parameters else len(op.parameters)
+    return inspect.Signature(
+        [
+            inspect.Parameter(
+                name,
+                inspect.Parameter.POSITIONAL_OR_KEYWORD
+                if position < star
+                else inspect.Parameter.KEYWORD_ONLY,
+                default=inspect.Parameter.empty if position == 0 else None,
+            )
+            for position, name in enumerate(op.parameters)
+            if name != "*"
+        ]
+    )
 
 
 def encode_call(

@@ -18,7 +18,6 @@ _LIMITS = FrameLimits()
 _encoder = msgspec.msgpack.Encoder()
 
 
-
 class Encoded:
     """A request ready to be put into a frame.
 

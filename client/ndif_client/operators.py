@@ -187,6 +187,17 @@ def _divided(self: Proxy, other: Any) -> Proxy:
     return apply_op("div", (other, self), {})
 
 
+def _zero(self: Proxy) -> Proxy:
+    return fill(self, 0)
+
+
+def _fill() -> Method:
+    def method(self: Proxy, value: Any) -> Proxy:
+        return fill(self, value)
+
+    return method
+
+
 def _round(self: Proxy, digits: int = 0) -> Proxy:
     return apply_op("round", (self,), {"decimals": digits} if digits else {})
 
@@ -225,9 +236,9 @@ def _install_all() -> None:
             _install(name, _method(entry), entry)
         if entry.name in _IN_PLACE:
             _install(f"{name}_", _in_place(entry), entry)
-    _install("zero_", lambda self: fill(self, 0))
-    _install("fill_", lambda self, value: fill(self, value))
-    _install("copy_", lambda self, value: fill(self, value))
+    _install("zero_", _zero)
+    _install("fill_", _fill())
+    _install("copy_", _fill())
 
 
 def _torch_function(

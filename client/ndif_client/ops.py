@@ -42,5 +42,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return list(_FUNCTIONS)
-
-

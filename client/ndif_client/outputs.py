@@ -169,9 +169,7 @@ class HookTuple(Delegate):
         return f"{self._path}.{port}".lstrip(".") + (f"[{address}]" if address else "")
 
     def _offered(self) -> str:
-        return ", ".join(
-            f"[{step}]" if step.isdigit() else f".{step}" for step in self._steps()
-        )
+        return ", ".join(f"[{step}]" if step.isdigit() else f".{step}" for step in self._steps())
 
 
 def _forward(name: str) -> Any:

@@ -39,16 +39,13 @@ def _several(prompt: Prompt) -> list[str | list[int]]:
 def _items(prompt: Any) -> list[Any]:
     if is_array(prompt):
         if prompt.ndim not in (1, 2):
-            raise graph_error(
-                f"an array of token ids has one or two dimensions, not {prompt.ndim}"
-            )
+            raise graph_error(f"an array of token ids has one or two dimensions, not {prompt.ndim}")
         listed: list[Any] = prompt.tolist()
         return listed
     if isinstance(prompt, list | tuple | range):
         return list(prompt)
     raise graph_error(
-        f"a prompt is a text, a list of token ids, or a list of either, not "
-        f"{type(prompt).__name__}"
+        f"a prompt is a text, a list of token ids, or a list of either, not {type(prompt).__name__}"
     )
 
 

@@ -317,6 +317,4 @@ def _no_attribute(value: Value, name: str) -> Exception:
     offered = [*CATALOGUE, *ALIASES, *(value._fields or ())]
     near = difflib.get_close_matches(name, offered, n=1)
     hint = f"; did you mean .{near[0]}(...)?" if near else "; dir(ndif_client.ops) lists what is"
-    return graph_error(
-        f"{name!r} is not in the catalogue of operations{hint}", UnknownNameError
-    )
+    return graph_error(f"{name!r} is not in the catalogue of operations{hint}", UnknownNameError)

@@ -302,4 +302,3 @@ def current_recorder(what: str) -> Recorder:
         )
     recorder.check_open()
     return recorder
-

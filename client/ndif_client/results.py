@@ -139,7 +139,7 @@ class Result:
         items = [self._array(spec) for spec in saved.items]
         if len(saved.fields) != len(items):
             return tuple(items)
-        return namedtuple("SavedFields", saved.fields)(*items)  # type: ignore[misc]
+        return namedtuple("SavedFields", saved.fields)(*items)
 
     def _array(self, spec: TensorSpec) -> Any:
         return import_array(spec, check_buffer(spec, self._buffers), self._tensors)

@@ -201,8 +201,7 @@ class Submitter:
         if pending.was_heard_of or pending.was_resent:
             pending.fail(
                 UnavailableError(
-                    "the connection broke, and the server no longer knows this trace; "
-                    "send it again"
+                    "the connection broke, and the server no longer knows this trace; send it again"
                 )
             )
             return

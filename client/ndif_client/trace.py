@@ -1,8 +1,8 @@
 """A trace: prompts and what to do with the model while it reads them.
 
-    async with session.trace(prompt) as trace: ...    records, submits at the end, and waits
-    with session.trace(prompt) as trace: ...          records; `result = await trace` runs it
-    result = await session.trace(prompt, function)    records by calling function(model)
+async with session.trace(prompt) as trace: ...    records, submits at the end, and waits
+with session.trace(prompt) as trace: ...          records; `result = await trace` runs it
+result = await session.trace(prompt, function)    records by calling function(model)
 """
 
 from __future__ import annotations
@@ -10,13 +10,12 @@ from __future__ import annotations
 import asyncio
 import uuid
 import warnings
-from collections.abc import Callable, Generator, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Generator
+from contextlib import AbstractContextManager, ExitStack
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from ndif_client.envoy import Envoy
-from ndif_client.errors import ClosedTraceError, NoValueError, graph_error
+from ndif_client.errors import ClosedTraceError, NoValueError, TraceCancelledError, graph_error
 from ndif_client.naming import complete_names, save_structure
 from ndif_client.progress import OnProgress, Progress
 from ndif_client.prompts import Prompt, as_invoke
@@ -105,7 +104,10 @@ class Trace:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
     ) -> None:
         self._close(error)
 
@@ -205,7 +207,10 @@ class Trace:
         return self
 
     async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
     ) -> None:
         self._close(error)
         if error is None:
@@ -235,6 +240,7 @@ class Trace:
         except asyncio.CancelledError:
             if self._waiters == 1:
                 self._session._submitter.cancel(pending)
+                self._fail(TraceCancelledError("the trace was cancelled while it was awaited"))
             raise
         except Exception as error:
             self._fail(error)
@@ -254,9 +260,7 @@ class Trace:
             graph=self._recorder.graph(),
         )
         self._submitted_s = asyncio.get_running_loop().time()
-        self._pending = self._session._submitter.submit(
-            request, self._recorder.buffers, self._note
-        )
+        self._pending = self._session._submitter.submit(request, self._recorder.buffers, self._note)
         return self._pending
 
     def _note(self, event: Queued | Running) -> None:
@@ -278,13 +282,16 @@ class Trace:
     def _elapsed_s(self) -> float:
         return asyncio.get_running_loop().time() - self._submitted_s
 
-    def __del__(self, warn: Callable[..., None] = warnings.warn) -> None:
+    def __del__(self) -> None:
         recorder: Recorder | None = self.__dict__.get("_recorder")
-        if recorder is None or recorder.failure is not None or self._pending is not None:
+        if recorder is None or recorder.closed_at is None or recorder.failure is not None:
             return
-        if recorder.closed_at is not None:
-            at = recorder.closed_at
-            warn(f"the trace recorded at {at} was never awaited, so it never ran", RuntimeWarning)
+        if self._pending is None:
+            warnings.warn(
+                f"the trace recorded at {recorder.closed_at} was never awaited, so it never ran",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
 
 _OWN_NAMES = frozenset(name for name in vars(Trace) if not name.startswith("_"))

@@ -110,9 +110,7 @@ class Transport:
         """
         import aiohttp
 
-        timeout = aiohttp.ClientTimeout(
-            total=None, sock_connect=self.timeout, sock_read=_SILENCE_S
-        )
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=self.timeout, sock_read=_SILENCE_S)
         headers = {"Content-Type": _FRAMES}
         data = None
         if body is not None:

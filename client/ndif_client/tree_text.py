@@ -37,9 +37,7 @@ def _html(names: str, module: ModuleInfo, count: int, open_levels: int) -> str:
         _html(name, child, times, open_levels - 1) for name, child, times in _folded(module)
     )
     opened = " open" if open_levels > 0 else ""
-    return (
-        f'<details style="margin-left:1.2em"{opened}><summary>{title}</summary>{inner}</details>'
-    )
+    return f'<details style="margin-left:1.2em"{opened}><summary>{title}</summary>{inner}</details>'
 
 
 def _folded(module: ModuleInfo) -> list[tuple[str, ModuleInfo, int]]:

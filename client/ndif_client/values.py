@@ -234,9 +234,9 @@ def _inverse_order(dims: Argument) -> Items | None:
     if not isinstance(dims, Items):
         return None
     order = [d % len(dims.values) for d in dims.values if isinstance(d, int)]
-    if len(order) != len(dims.values):
+    if sorted(order) != list(range(len(dims.values))):
         return None
-    return Items(sorted(range(len(order)), key=order.__getitem__))
+    return Items([order.index(dim) for dim in range(len(order))])
 
 
 def _shape_up_to_one(value: Value) -> Items | None:

@@ -142,9 +142,7 @@ def load_shard(
         plan = _embedding_plan(config)
         options["distributed_config"] = DistributedConfig(tp_size=world_size, tp_plan=plan)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, trust_remote_code=False, **options
-        )
+        model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, **options)
     except (OSError, ValueError) as error:
         raise ModelError(f"the weights in {folder} can't be loaded: {error}") from error
     if dtype == torch.float64 and model.get_experts_implementation()[""] is not None:

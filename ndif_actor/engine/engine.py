@@ -136,7 +136,9 @@ class Engine:
         program = self.blueprint.compile(group.graph, len(group.invokes))
         lengths = [[len(ids) for ids in prompts] for prompts in group.invokes]
         if self.unpaddable is not None and len({n for ns in lengths for n in ns}) > 1:
-            message = f"all prompts of a trace must have the same number of tokens: {self.unpaddable}"
+            message = (
+                f"all prompts of a trace must have the same number of tokens: {self.unpaddable}"
+            )
             raise RequestError(Fault(kind="execution", message=message))
         return Execution(
             program,

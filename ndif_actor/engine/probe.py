@@ -47,19 +47,21 @@ def packing_fault(model: PreTrainedModel, vocab_size: int, device: torch.device)
 def padding_fault(model: PreTrainedModel, vocab_size: int, device: torch.device) -> str | None:
     """Return why prompts of unequal length can't share a padded batch, or None if they can.
 
+    Leaves the model with the attention that transformers gives it by default.
+
     Raises:
         ModelError: not even a prompt without padding gets the logits it gets alone.
     """
     long, short = _prompts(vocab_size, (max(_LENGTHS), min(_LENGTHS)))
-    if not _distance(_padded_logits(model, [long], device), _alone(model, long, device)) <= (
-        _tolerance(model)
-    ):
+    alone = [_alone(model, ids, device) for ids in (long, short)]
+    unpadded = _padded_logits(model, [long], device)
+    padded = _padded_logits(model, [short, long], device)
+    if not _distance(unpadded, alone[0]) <= _tolerance(model):
         raise ModelError(
-            f"{type(model).__name__} numbers positions in a way of its own, so its results could be "
-            "wrong; it is not served"
+            f"{type(model).__name__} numbers positions in a way of its own, so its results could "
+            "be wrong; it is not served"
         )
-    padded, alone = _padded_logits(model, [short, long], device), _alone(model, short, device)
-    if not _distance(padded, alone) <= _tolerance(model):
+    if not _distance(padded, alone[1]) <= _tolerance(model):
         return "padding changes what this model gives a prompt"
     return None
 

@@ -1,0 +1,31 @@
+"""The researcher's client: connect to a shared model, write an experiment, get tensors back.
+
+    async with connect("http://127.0.0.1:8000") as session:
+        async with session.trace("The Eiffel Tower is in") as trace:
+            hidden = session.model.model.layers[10].output.save()
+        hidden.value
+
+Needs neither torch nor transformers. For scripts without `await` see `ndif_client.blocking`.
+"""
+
+from ndif_client import errors, ops
+from ndif_client.envoy import Envoy
+from ndif_client.errors import NdifError
+from ndif_client.progress import Progress
+from ndif_client.proxy import Proxy
+from ndif_client.results import Result
+from ndif_client.session import Session, connect
+from ndif_client.trace import Trace
+
+__all__ = [
+    "Envoy",
+    "NdifError",
+    "Progress",
+    "Proxy",
+    "Result",
+    "Session",
+    "Trace",
+    "connect",
+    "errors",
+    "ops",
+]

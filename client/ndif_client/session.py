@@ -1,0 +1,232 @@
+"""A session with one server: its model, traces on it, its tokenizer."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Coroutine, Generator, Sequence
+from contextlib import AsyncExitStack
+from types import TracebackType
+from typing import Any
+
+from ndif_client.envoy import Envoy
+from ndif_client.errors import NdifError, ProtocolError
+from ndif_client.local import LocalServer
+from ndif_client.progress import OnProgress, Progress, ProgressDisplay
+from ndif_client.prompts import Prompt, as_invoke
+from ndif_client.submission import Submitter
+from ndif_client.trace import Trace, TraceFunction
+from ndif_client.transport import Transport, quoted
+from ndif_client.wire.messages import (
+    DetokenizeRequest,
+    ModelList,
+    ModelSummary,
+    ModelTree,
+    TokenizeReply,
+    TokenizeRequest,
+)
+from ndif_client.wire.tensors import ArrayKind
+
+_LOCAL = "local:"
+
+
+class Session:
+    """An open connection to a server and one of its models. Made by `connect`.
+
+    Attributes:
+        tree: the model as data: layers, sizes, hook points.
+        model: the model to write experiments on; `print(session.model)` shows it.
+    """
+
+    def __init__(self, transport: Transport, tree: ModelTree, tensors: ArrayKind) -> None:
+        self.tree = tree
+        self.model = Envoy(tree.root)
+        self._transport = transport
+        self._tensors: ArrayKind = tensors
+        self._submitter = Submitter(transport)
+        self._display = ProgressDisplay()
+        self._resources = AsyncExitStack()
+
+    def trace(
+        self,
+        prompt: Prompt | None = None,
+        function: TraceFunction | None = None,
+        *,
+        on_progress: OnProgress | None = None,
+        progress: bool = False,
+    ) -> Trace:
+        """Open an experiment.
+
+        Args:
+            prompt: a text, token ids, or a list of either (one batch); leave it out to give
+                prompts by `trace.invoke(...)`.
+            function: called at once with the model; every value it returns, alone or in a list or
+                dict, is saved under its name there.
+            on_progress: called with a `Progress` at every step.
+            progress: show a line on the terminal, or in the notebook, while it is under way.
+
+        Returns:
+            The trace: a context manager (`with` records, `async with` also runs) that can be
+            awaited once it is recorded, also many at once with `asyncio.gather`.
+
+        Example:
+            async with session.trace("The Eiffel Tower is in") as trace:
+                hidden = session.model.model.layers[3].output.save()
+            hidden.value
+        """
+        callback = _both(on_progress, self._display.show) if progress else on_progress
+        return Trace(self, prompt, function, on_progress=callback)
+
+    async def tokenize(self, text: str) -> TokenizeReply:
+        """Return how the model's tokenizer splits a text: `ids`, and the text of each."""
+        path = f"/v1/models/{quoted(self.tree.id)}/tokenize"
+        return await self._transport.post(path, TokenizeRequest(text), TokenizeReply)
+
+    async def decode(self, ids: Any) -> str:
+        """Return the text of token ids: a number, a list of them, or an array or tensor."""
+        listed = [ids] if isinstance(ids, int) else as_invoke(ids).prompts[0]
+        assert isinstance(listed, list)
+        path = f"/v1/models/{quoted(self.tree.id)}/detokenize"
+        reply = await self._transport.post(path, DetokenizeRequest(listed), TokenizeReply)
+        return reply.text
+
+    @property
+    def url(self) -> str:
+        """Where the server is; others can connect there too, even to a private one."""
+        return self._transport.url
+
+    async def models(self) -> list[ModelSummary]:
+        """Return the models this server offers."""
+        return (await self._transport.get("/v1/models", ModelList)).data
+
+    async def close(self) -> None:
+        """Cancel what is under way, close all connections, stop a private server."""
+        self._display.close()
+        await self._submitter.close()
+        await self._resources.aclose()
+
+    async def __aenter__(self) -> Session:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    def __repr__(self) -> str:
+        tree = self.tree
+        return f"Session({self._transport.url}, model={tree.id!r}, {tree.kind}, {tree.dtype})"
+
+
+class Connecting:
+    """What `connect` returns: use it with `async with`, or `await` it."""
+
+    def __init__(self, opening: Callable[[], Coroutine[Any, Any, Session]]) -> None:
+        self._open = opening
+        self._session: Session | None = None
+
+    def __await__(self) -> Generator[Any, None, Session]:
+        return self._open().__await__()
+
+    async def __aenter__(self) -> Session:
+        self._session = await self
+        return self._session
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._session is not None:
+            await self._session.close()
+
+
+def connect(
+    url: str,
+    *,
+    model: str | None = None,
+    api_key: str | None = None,
+    tensors: ArrayKind = "auto",
+    timeout: float = 30.0,
+    serve_options: Sequence[str] = (),
+) -> Connecting:
+    """Connect to a server, or start a private one.
+
+    Args:
+        url: "http://HOST:PORT", or "local:MODEL" for a server of one's own that ends with the
+            session; MODEL is a folder, a hub id or "demo".
+        model: which model, where the server has several.
+        api_key: if the server wants one.
+        tensors: what results are: "torch", "numpy", or "auto" for torch where it is installed.
+        timeout: seconds to wait for a connection and for short replies; traces take their time.
+        serve_options: further options of `ndif-actor serve` for a private server, such as
+            `("--dtype", "float32")`.
+
+    Returns:
+        Something to use as `async with connect(...) as session:` or `session = await connect(...)`.
+
+    Raises:
+        ConnectError: the server can't be reached.
+        ServerStartError: the private server did not start.
+        AuthError, UnavailableError: the server refuses.
+    """
+    if tensors == "auto":
+        tensors = "torch" if importlib.util.find_spec("torch") is not None else "numpy"
+    elif tensors == "torch" and importlib.util.find_spec("torch") is None:
+        raise NdifError("tensors='torch' needs torch: pip install torch, or use tensors='numpy'")
+
+    async def opening() -> Session:
+        return await _open(url, model, api_key, tensors, timeout, serve_options)
+
+    return Connecting(opening)
+
+
+async def _open(
+    url: str,
+    model: str | None,
+    api_key: str | None,
+    tensors: ArrayKind,
+    timeout_s: float,
+    serve_options: Sequence[str],
+) -> Session:
+    async with AsyncExitStack() as stack:
+        explain = _nothing_known
+        if url.startswith(_LOCAL):
+            server = LocalServer(url.removeprefix(_LOCAL), serve_options)
+            stack.push_async_callback(server.stop)
+            url = await server.start()
+            explain = server.explain
+        transport = Transport(url, api_key, timeout_s, explain)
+        stack.push_async_callback(transport.close)
+        await transport.open()
+        name = model or await _only_model(transport)
+        tree = await transport.get(f"/v1/models/{quoted(name)}", ModelTree)
+        session = Session(transport, tree, tensors)
+        session._resources = stack.pop_all()
+        return session
+
+
+async def _only_model(transport: Transport) -> str:
+    offered = (await transport.get("/v1/models", ModelList)).data
+    if len(offered) != 1:
+        names = ", ".join(repr(summary.id) for summary in offered) or "none"
+        raise ProtocolError(
+            f"{transport.url} offers several models or none ({names}): connect(url, model=...)"
+        )
+    return offered[0].id
+
+
+def _nothing_known() -> str:
+    return ""
+
+
+def _both(first: OnProgress | None, second: OnProgress) -> OnProgress:
+    def tell(progress: Progress) -> None:
+        if first is not None:
+            first(progress)
+        second(progress)
+
+    return tell
