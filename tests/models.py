@@ -95,6 +95,8 @@ def make_model(folder: Path, family: str, dtype: torch.dtype = torch.float32) ->
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.normal_(0.0, 0.15)
+            else:  # norms and biases as well: a forgotten one must show
+                parameter.add_(0.1 * torch.randn_like(parameter))
     model.save_pretrained(target)
     make_tokenizer().save_pretrained(target)
     return target

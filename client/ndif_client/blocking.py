@@ -158,14 +158,14 @@ class BlockingSession:
         Arguments are those of `Session.trace`; `on_progress` is called in another thread.
         """
         _refuse_in_loop("session.trace(...)", "async with session.trace(...)")
-        trace = self._session.trace(prompt, function, on_progress=on_progress, progress=progress)
-        if function is None:
-            return BlockingTrace(trace, self)
-        if self._together is not None:
+        if function is not None and self._together is not None:
             raise graph_error(
                 "inside of session.together() there is no result yet to return; use "
                 "`with session.trace(...) as trace:`"
             )
+        trace = self._session.trace(prompt, function, on_progress=on_progress, progress=progress)
+        if function is None:
+            return BlockingTrace(trace, self)
         result: Result = self._thread.call(_awaited(trace))
         return result
 

@@ -87,11 +87,10 @@ class Envoy:
     def _hooks(self, port: Port) -> list[HookInfo]:
         hooks = [h for h in self._info.hooks if h.port == port and h.call == self._call]
         if not hooks:
-            used = any(child.hooks for child in self._info.children)
-            hint = "; use one of its items" if used and self._children else ""
+            is_list = any(name.isdigit() for name in self._children)
+            hint = "; use one of its items" if is_list else ""
             raise graph_error(
-                f"{self._title()} is not called in a forward, so it has no {port}{hint}",
-                UnknownNameError,
+                f"{self._title()} is not called in a forward, so it has no {port}{hint}"
             )
         return hooks
 
@@ -193,9 +192,9 @@ class Envoy:
         parts = HookTuple(self._path, infos)
         if not isinstance(value, tuple | list):
             raise graph_error(f"{parts!r}\nwrite one of them, or assign a tuple of all")
-        for index, part in enumerate(value):
-            if part is not None:
-                parts[index] = part
+        given = {parts._step(index): part for index, part in enumerate(value) if part is not None}
+        for step, part in given.items():
+            parts[step] = part
 
     def __dir__(self) -> list[str]:
         children = [name for name in self._children if name.isidentifier()]

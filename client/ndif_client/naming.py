@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from types import FrameType
 from typing import Any
 
 from ndif_client.errors import graph_error
@@ -36,12 +37,12 @@ def save_structure(value: Any, recorder: Recorder, what: str) -> Layout:
     )
 
 
-def complete_names(recorder: Recorder, variables: Mapping[str, Any]) -> None:
-    """Name the saves that have no name yet: after the user's variable, else by position."""
+def complete_names(recorder: Recorder, frame: FrameType | None) -> None:
+    """Name the saves that have no name yet: after the variables of `frame`, else by position."""
     named = {number for layout in recorder.names.values() for number in leaves(layout)}
     nameless = [number for number in recorder.saves() if number not in named]
-    if nameless:
-        for name, layout in _held(recorder, variables):
+    if nameless and frame is not None:
+        for name, layout in _held(recorder, frame.f_locals):
             fits = all(number in nameless for number in leaves(layout))
             if fits and name not in recorder.names and name not in RESERVED_NAMES:
                 recorder.names[name] = layout

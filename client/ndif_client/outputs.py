@@ -21,7 +21,9 @@ def read_hook(path: str, info: HookInfo) -> Proxy:
     hook = HookPoint(path, info.port, info.leaf, info.call)
     recorder = current_recorder(str(hook))
     number = recorder.read(hook, info)
-    return Proxy(recorder, number, Hooked(hook, info, recorder.here(str(hook))))
+    invoke = recorder.here(str(hook))
+    place = Hooked(hook, info, invoke, recorder.last_write(hook, invoke))
+    return Proxy(recorder, number, place)
 
 
 def write_hook(path: str, info: HookInfo, value: Any) -> None:

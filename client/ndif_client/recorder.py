@@ -19,6 +19,7 @@ from ndif_client.sources import source_at, user_frame
 from ndif_client.wire.frames import FrameLimits
 from ndif_client.wire.graph import (
     MAX_NODES,
+    Argument,
     Constant,
     Graph,
     HookPoint,
@@ -55,7 +56,6 @@ class Recorder:
         invoke: which of them reads and writes belong to now; None outside of all.
         buffers: the bytes of the constants, copied when they were recorded.
         names: what the saved values are called; a name may stand for a list or dict of them.
-        writes: number of hook points written.
         result: what came back, once it has.
         failure: why nothing will come back.
     """
@@ -65,7 +65,6 @@ class Recorder:
         self.invoke: int | None = None
         self.buffers: list[bytes] = []
         self.names: dict[str, Layout] = {}
-        self.writes = 0
         self.result: Result | None = None
         self.failure: BaseException | None = None
         self.closed_at: Source | None = None
@@ -145,8 +144,8 @@ class Recorder:
         """Record a read for the current invoke and return the node's number."""
         return self.add(ReadHook(hook, self.here(str(hook))), info.order)
 
-    def write(self, hook: HookPoint, info: HookInfo, value: Any, invoke: int) -> None:
-        """Record a write of an encoded value.
+    def write(self, hook: HookPoint, info: HookInfo, value: Argument, invoke: int) -> int:
+        """Record a write of an encoded value and return the node's number.
 
         Raises:
             OrderError: the value is made later in the forward than the hook point fires.
@@ -161,16 +160,26 @@ class Recorder:
             )
         if isinstance(value, Ref) and self._orders[value.node] > info.order:
             self._refuse_late(hook, value.node)
-        self.add(WriteHook(hook, value, invoke), info.order)
-        self.writes += 1
-        if isinstance(value, Ref):
-            self._last_writes[hook, invoke] = value.node
-        else:
-            self._last_writes.pop((hook, invoke), None)
+        number = self.add(WriteHook(hook, value, invoke), info.order)
+        self._last_writes[hook, invoke] = number
+        return number
+
+    def last_write(self, hook: HookPoint, invoke: int) -> int | None:
+        """Return the number of the last write at a hook point, if there was one."""
+        return self._last_writes.get((hook, invoke))
 
     def was_just_written(self, hook: HookPoint, invoke: int, node: int) -> bool:
         """Whether `node` is the value that was written last at this hook point."""
-        return self._last_writes.get((hook, invoke)) == node
+        number = self._last_writes.get((hook, invoke))
+        if number is None:
+            return False
+        write = self._nodes[number]
+        return isinstance(write, WriteHook) and write.value == Ref(node)
+
+    @property
+    def has_writes(self) -> bool:
+        """Whether any hook point is written."""
+        return bool(self._last_writes)
 
     def constant(self, value: Any) -> Ref:
         """Record a copy of an array or tensor; equal ones are sent once.

@@ -139,6 +139,8 @@ class Submitter:
         for count, frame in frames_of([p.encoded for p in waiting]):
             batch = waiting[start : start + count]
             start += count
+            for pending in batch:
+                pending.was_sent = True
             task = _task(self._carry(batch, frame), lambda task: self._carried.pop(task, None))
             self._carried[task] = batch
 
@@ -153,8 +155,6 @@ class Submitter:
 
     async def _send(self, batch: list[Pending], frame: Sequence[Buffer]) -> bool:
         """Post the frame and hand out its events; False if they must be asked for instead."""
-        for pending in batch:
-            pending.was_sent = True
         by_id = {pending.id: pending for pending in batch}
         try:
             async with self._transport.frames("POST", "/v1/traces", frame) as stream:

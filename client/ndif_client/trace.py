@@ -160,8 +160,7 @@ class Trace:
             self._recorder.failure = error
             return
         try:
-            frame = user_frame()
-            complete_names(self._recorder, frame.f_locals if frame is not None else {})
+            complete_names(self._recorder, user_frame())
             self._check()
         except BaseException as refusal:
             self._recorder.failure = refusal
@@ -194,7 +193,7 @@ class Trace:
             raise graph_error(
                 "this trace has no prompt: session.trace(prompt), or trace.invoke(prompt) inside"
             )
-        if not recorder.names and not recorder.writes:
+        if not recorder.names and not recorder.has_writes:
             raise graph_error(
                 "this trace saves nothing, so it would compute for nobody: call .save() on a "
                 "value, give it to an attribute of the trace, or return it from the function"

@@ -33,11 +33,17 @@ _RESHAPES = frozenset(("flatten", "reshape", "unflatten", "view"))
 
 @dataclass(slots=True)
 class Hooked:
-    """Where a value was read: changes of it are written there."""
+    """Where a value was read: changes of it are written there.
+
+    Attributes:
+        hook, info, invoke: the place.
+        last_write: the write that this value has seen, if there was one.
+    """
 
     hook: HookPoint
     info: HookInfo
     invoke: int
+    last_write: int | None = None
 
 
 @dataclass(slots=True)
@@ -143,12 +149,14 @@ def change(value: Value, node: int) -> None:
         top = view.parent
         if inverse is None:
             _mark_stale(top, value._recorder.source_of(node))
+            child._origin = None
             return
         _replace(top, _record_inverse(inverse, child))
         view.seen = top._version
     if isinstance(top._origin, Hooked):
         place = top._origin
-        top._recorder.write(place.hook, place.info, Ref(top._node), place.invoke)
+        written = Ref(top._node)
+        place.last_write = top._recorder.write(place.hook, place.info, written, place.invoke)
 
 
 def _way_up(value: Value) -> list[tuple[Value, View, Apply | None]]:
@@ -162,10 +170,24 @@ def _way_up(value: Value) -> list[tuple[Value, View, Apply | None]]:
         current = view.parent
         _check_changeable(current)
     if isinstance(current._origin, Hooked):
+        _check_up_to_date(current, current._origin)
         for child, view, inverse in steps:
             if inverse is None:
                 _refuse_lost(child, view.apply.op, current._origin.hook)
     return steps
+
+
+def _check_up_to_date(value: Value, place: Hooked) -> None:
+    """Refuse a change that would undo another one, made since this value was read."""
+    recorder = value._recorder
+    write = recorder.last_write(place.hook, place.invoke)
+    if write is not None and write != place.last_write:
+        raise graph_error(
+            f"{place.hook} has been written since this value was read, and changing this value "
+            "would undo that; read it again and change what you get",
+            hook=str(place.hook),
+            other=recorder.source_of(write),
+        )
 
 
 def _refuse_lost(child: Value, op: str, hook: HookPoint) -> None:

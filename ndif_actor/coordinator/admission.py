@@ -5,6 +5,7 @@ Everything runs in one dedicated thread, on meta tensors, so the event loop neve
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,11 +15,11 @@ import structlog
 from ndif_actor.actor.thread import WorkThread
 from ndif_actor.coordinator.choice import ModelChoice
 from ndif_actor.coordinator.events import Ticket
+from ndif_actor.coordinator.screening import own_buffers, refused, screen
 from ndif_actor.errors import RequestError
 from ndif_actor.messages import Group
-from ndif_client.wire.graph import Constant, Graph, Invoke, Save
+from ndif_client.wire.graph import Invoke
 from ndif_client.wire.messages import (
-    PROTOCOL,
     Fault,
     ModelTree,
     PromptTokens,
@@ -26,7 +27,6 @@ from ndif_client.wire.messages import (
     TokenizeReply,
     TraceRequest,
 )
-from ndif_client.wire.tensors import check_buffer
 
 if TYPE_CHECKING:
     from ndif_actor.engine.blueprint import Blueprint
@@ -37,8 +37,8 @@ _log = structlog.get_logger(__name__)
 #: Submissions of more header bytes are decoded in the thread, so that the loop stays responsive.
 INLINE_HEADER_BYTES = 64 << 10
 
-#: Values one request may save: a reply's frame has at most this many buffers.
-MAX_SAVES = 4096
+#: Seconds of the thread that one submission takes before the others have their turns.
+TURN_S = 0.01
 
 
 class RequestLimits(msgspec.Struct, frozen=True, kw_only=True):
@@ -102,16 +102,27 @@ class Admission:
 
         Raises:
             msgspec.DecodeError: it is none.
+            RequestError: it is nested too deeply to tell.
         """
-        if len(header) <= INLINE_HEADER_BYTES:
-            return _decoder.decode(header)
-        return await self._thread.call(_decoder.decode, header)
+        try:
+            if len(header) <= INLINE_HEADER_BYTES:
+                return _decoder.decode(header)
+            return await self._thread.call(_decoder.decode, header)
+        except RecursionError:
+            raise refused("protocol", "the submission is nested too deeply") from None
 
     async def admit(
         self, submission: Submission, buffers: list[memoryview]
     ) -> list[Prepared | Fault]:
-        """Check and price every request of a submission, in its order."""
-        return await self._thread.call(self._admit, submission, buffers)
+        """Check and price every request of a submission, in its order.
+
+        Submissions take turns in the thread, so that a long one does not hold the others up.
+        """
+        requests = submission.requests
+        answers: list[Prepared | Fault] = []
+        while len(answers) < len(requests):
+            answers += await self._thread.call(self._admit_some, requests[len(answers) :], buffers)
+        return answers
 
     async def tokenize(self, text: str) -> TokenizeReply:
         """Return the ids of `text` and the text of each."""
@@ -131,30 +142,37 @@ class Admission:
 
     # ------------------------------------------------------------ in the thread
 
-    def _admit(self, submission: Submission, buffers: list[memoryview]) -> list[Prepared | Fault]:
+    def _admit_some(
+        self, requests: list[TraceRequest], buffers: list[memoryview]
+    ) -> list[Prepared | Fault]:
+        """Check requests from the front of a list, one at least, for as long as a turn lasts."""
+        end_s = time.monotonic() + TURN_S
         answers: list[Prepared | Fault] = []
-        for request in submission.requests:
-            try:
-                answers.append(self._prepare(request, buffers))
-            except RequestError as error:
-                answers.append(error.fault)
-            except Exception:
-                # Our own mistake must not take the neighbours' requests down with it.
-                _log.exception("admission failed", request=request.id)
-                message = "the server could not check this request (its log says why)"
-                answers.append(Fault(kind="internal", message=message))
+        for request in requests:
+            answers.append(self._admit_one(request, buffers))
+            if time.monotonic() > end_s:
+                break
         return answers
+
+    def _admit_one(self, request: TraceRequest, buffers: list[memoryview]) -> Prepared | Fault:
+        try:
+            return self._prepare(request, buffers)
+        except RequestError as error:
+            return error.fault
+        except Exception:
+            # Our own mistake must not take the neighbours' requests down with it.
+            _log.exception("admission failed", request=request.id)
+            message = "the server could not check this request (its log says why)"
+            return Fault(kind="internal", message=message)
 
     def _prepare(self, request: TraceRequest, buffers: list[memoryview]) -> Prepared:
         if request.model not in ("", self._model_id):
-            raise _refused(
+            raise refused(
                 "protocol", f"model {request.model!r} is not served here, {self._model_id!r} is"
             )
-        num_saves = sum(isinstance(node, Save) for node in request.graph.nodes)
-        if num_saves > MAX_SAVES:
-            raise _refused("limit", f"{num_saves} saved values; one request may have {MAX_SAVES}")
+        num_saves = screen(request.graph)
         prompts = [self._prompts(number, invoke) for number, invoke in enumerate(request.invokes)]
-        graph, own = _own_buffers(request.graph, buffers)
+        graph, own = own_buffers(request.graph, buffers)
         lengths = [[len(prompt.ids) for prompt in invoke] for invoke in prompts]
         price = self._blueprint.check(graph, lengths, own)
         self._check_price(price.value_bytes, price.saved_bytes)
@@ -176,10 +194,10 @@ class Admission:
             place = f"prompt {index} of invoke {number}"
             ids = self._tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
             if not ids:
-                raise _refused("graph", f"{place} has no tokens")
+                raise refused("graph", f"{place} has no tokens")
             if len(ids) > self._blueprint.max_positions:
                 most = f"the model takes {self._blueprint.max_positions}"
-                raise _refused("limit", f"{place} has {len(ids)} tokens; {most}")
+                raise refused("limit", f"{place} has {len(ids)} tokens; {most}")
             self._check_ids(ids, place)
             found.append(PromptTokens(ids, self._tokenizer.pieces(ids)))
         return found
@@ -187,7 +205,7 @@ class Admission:
     def _check_ids(self, ids: list[int], place: str) -> None:
         if ids and max(ids) >= self._blueprint.vocab_size:
             bad, size = max(ids), self._blueprint.vocab_size
-            raise _refused("graph", f"{place} has token id {bad}; the model knows 0 to {size - 1}")
+            raise refused("graph", f"{place} has token id {bad}; the model knows 0 to {size - 1}")
 
     def _check_price(self, value_bytes: int, saved_bytes: int) -> None:
         for nbytes, most, what in (
@@ -195,7 +213,7 @@ class Admission:
             (saved_bytes, self._limits.saved_bytes, "save"),
         ):
             if nbytes > most:
-                raise _refused(
+                raise refused(
                     "limit",
                     f"this trace would {what} {nbytes} bytes; this server allows {most} a request. "
                     "Save or keep less of it (a slice, fewer layers), or send fewer prompts",
@@ -211,48 +229,3 @@ class Admission:
 
 
 _decoder = msgspec.msgpack.Decoder(Submission)
-
-
-def _refused(kind: str, message: str) -> RequestError:
-    return RequestError(Fault(kind=kind, message=message))  # type: ignore[arg-type]
-
-
-def check_protocol(submission: Submission) -> None:
-    """Refuse another version of the messages.
-
-    Raises:
-        RequestError: the client speaks another one.
-    """
-    if submission.protocol != PROTOCOL:
-        raise _refused(
-            "protocol",
-            f"the client speaks version {submission.protocol} of the protocol, this server "
-            f"{PROTOCOL}: install the same ndif-actor version on both sides",
-        )
-
-
-def _own_buffers(graph: Graph, buffers: list[memoryview]) -> tuple[Graph, list[memoryview]]:
-    """Renumber the constants of one request to the buffers that it alone refers to."""
-    own: list[memoryview] = []
-    moved: dict[int, int] = {}  # a buffer that several constants share is sent once
-    nodes = None
-    for number, node in enumerate(graph.nodes):
-        if not isinstance(node, Constant):
-            continue
-        try:
-            buffer = check_buffer(node.tensor, buffers)
-        except ValueError as error:
-            source = graph.source_of(number)
-            fault = Fault(kind="graph", message=str(error), node=number, source=source)
-            raise RequestError(fault) from None
-        nodes = list(graph.nodes) if nodes is None else nodes
-        if node.tensor.buffer not in moved:
-            moved[node.tensor.buffer] = len(own)
-            own.append(buffer)
-        nodes[number] = moved_constant(node, moved[node.tensor.buffer])
-    return (graph if nodes is None else msgspec.structs.replace(graph, nodes=nodes)), own
-
-
-def moved_constant(node: Constant, buffer: int) -> Constant:
-    """Return `node` with its bytes in another buffer."""
-    return Constant(msgspec.structs.replace(node.tensor, buffer=buffer))

@@ -18,18 +18,21 @@ import structlog
 
 from ndif_actor.config import ServerConfig
 from ndif_actor.coordinator import events
-from ndif_actor.coordinator.admission import Admission, Prepared, RequestLimits, check_protocol
+from ndif_actor.coordinator.admission import Admission, Prepared, RequestLimits
 from ndif_actor.coordinator.choice import choose
 from ndif_actor.coordinator.jobs import Job, build_pass, new_job, outcome, statistics_of
+from ndif_actor.coordinator.ledger import Ledger
 from ndif_actor.coordinator.pace import Pace
 from ndif_actor.coordinator.replica import Replica
-from ndif_actor.coordinator.results import Outgoing, ResultStore
+from ndif_actor.coordinator.results import ResultStore
 from ndif_actor.coordinator.scheduler import Scheduler
+from ndif_actor.coordinator.screening import check_protocol
 from ndif_actor.coordinator.stream import EventStream
 from ndif_actor.errors import LaunchError, ReplicaLost, RequestError
 from ndif_actor.messages import Loaded
 from ndif_client.wire.frames import Frame
 from ndif_client.wire.messages import (
+    Done,
     Failed,
     Fault,
     ModelSummary,
@@ -70,11 +73,7 @@ class Coordinator:
                 max_bytes=config.max_queued_bytes,
             ),
         )
-        self._store = ResultStore(config.result_ttl_s, config.max_result_bytes)
-        self._expiry: asyncio.TimerHandle | None = None
-        self._jobs: dict[str, Job] = {}
-        self._no_jobs = asyncio.Event()
-        self._no_jobs.set()
+        self.ledger = Ledger(ResultStore(config.result_ttl_s, config.max_result_bytes))
         self._tasks: set[asyncio.Task[None]] = set()
         self._summary: ModelSummary | None = None
         self._tree_json: bytes | None = None
@@ -114,21 +113,19 @@ class Coordinator:
         self._draining = True
         try:
             async with asyncio.timeout(timeout_s):
-                await self._no_jobs.wait()
+                await self.ledger.wait_until_none_open()
         except TimeoutError:
-            _log.warning("drain timed out", unfinished=len(self._jobs))
+            _log.warning("drain timed out", unfinished=len(self.ledger.jobs()))
         message = "the server has shut down before this request could finish"
-        for job in list(self._jobs.values()):
+        for job in self.ledger.jobs():
             self._give_up(job, Fault(kind="unavailable", message=message))
 
     async def close(self) -> None:
         """Let go of everything; `run` has ended."""
-        if self._expiry is not None:
-            self._expiry.cancel()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._store.clear()
+        self.ledger.close()
         await self.admission.close()
 
     async def _become_ready(self, loaded: list[Loaded]) -> None:
@@ -221,31 +218,20 @@ class Coordinator:
         stream = EventStream(names)
         now = time.monotonic()
         jobs = [new_job(name, owner, stream, now) for name in names]
-        self._jobs.update(zip(names, jobs, strict=True))
-        self._no_jobs.clear()
+        self.ledger.open(jobs)
         self._spawn(self._admit(submission, frame.buffers, jobs), jobs)
         return stream
 
-    def find(self, request: str, owner: str) -> Outgoing | None:
-        """Return the result of a request, or its progress while it is unfinished."""
-        job = self._jobs.get(request)
-        if job is not None:
-            return Outgoing(event=job.progress) if job.owner == owner else None
-        return self._store.get(request, owner)
-
     def cancel(self, request: str, owner: str) -> bool:
         """Cancel an unfinished request, forget a finished one; False if there is none."""
-        if self.find(request, owner) is None:
+        found = self.ledger.find(request, owner)
+        if found is None:
             return False
-        if request in self._jobs:
-            self._tell(events.Cancelled(request))
+        if isinstance(found.event, Done | Failed):
+            self.ledger.forget(request)
         else:
-            self._store.forget(request)
+            self._tell(events.Cancelled(request))
         return True
-
-    def mark_delivered(self, request: str) -> None:
-        """Note that the client has received the whole result."""
-        self._store.mark_delivered(request)
 
     # ------------------------------------------------------------ arrival
 
@@ -255,7 +241,7 @@ class Coordinator:
             if name in seen:
                 message = f"two requests of one submission have the id {name}"
                 raise RequestError(Fault(kind="protocol", message=message))
-            if name in self._jobs or name in self._store:
+            if name in self.ledger:
                 message = f"request {name} is already here; GET /v1/traces/{name} fetches it"
                 raise KnownRequestError(Fault(kind="protocol", message=message))
             seen.add(name)
@@ -270,14 +256,14 @@ class Coordinator:
         answers = await self.admission.admit(submission, buffers)
         tickets, refused = [], []
         for job, answer in zip(jobs, answers, strict=True):
-            if not self._is_current(job):
+            if not self.ledger.is_open(job):
                 continue  # cancelled meanwhile
             if isinstance(answer, Prepared):
                 job.prepared = answer
                 tickets.append(answer.ticket)
             else:
                 refused.append(job.id)
-                self._fail(job, answer)
+                self.ledger.fail(job, answer)
         self._tell(events.Admitted(tuple(tickets), tuple(refused)))
 
     # ------------------------------------------------------------ decisions carried out
@@ -289,22 +275,25 @@ class Coordinator:
     def _obey(self, command: events.Command) -> None:
         match command:
             case events.Announce(request=request, position=position):
-                self._jobs[request].tell(Queued(request, position))
+                self.ledger.job(request).tell(Queued(request, position))
             case events.StartPass():
                 self._start_pass(command)
+            case events.Linger(sequence=sequence):
+                loop = asyncio.get_running_loop()
+                loop.call_later(self._pace.linger_s(), self._tell, events.LingerOver(sequence))
             case events.Drop(request=request):
                 fault = Fault(kind="cancelled", message="cancelled by its user")
-                self._fail(self._jobs[request], fault)
+                self.ledger.fail(self.ledger.job(request), fault)
             case events.Abandon(requests=requests):
                 message = f"{self._lost_reason}; the replica restarts, send the request again"
                 fault = Fault(kind="unavailable", message=message, retry_after=RESTART_RETRY_S)
                 for request in requests:
-                    self._fail(self._jobs[request], fault)
+                    self.ledger.fail(self.ledger.job(request), fault)
             case _:
                 raise AssertionError(f"{command} is an answer, not a command")
 
     def _start_pass(self, start: events.StartPass) -> None:
-        jobs = [self._jobs[request] for request in start.requests]
+        jobs = [self.ledger.job(request) for request in start.requests]
         now = time.monotonic()
         for job in jobs:
             job.started_s = now
@@ -320,47 +309,23 @@ class Coordinator:
         except Exception:
             self._tell(events.PassFinished(start.sequence))
             raise
+        _log.debug("pass", sequence=start.sequence, groups=len(jobs), forward_s=report.forward_s)
         self._pace.note(len(jobs), time.monotonic() - jobs[0].started_s)
         # The next pass starts before this one's results are handed out.
         self._tell(events.PassFinished(start.sequence))
         with report.memory:
             for job in jobs:
-                if self._is_current(job):  # else cancelled while it ran
+                if self.ledger.is_open(job):  # else cancelled while it ran
                     statistics = statistics_of(job, start, jobs, report.forward_s)
-                    self._end(job, outcome(job, statistics, report))
+                    self.ledger.end(job, outcome(job, statistics, report))
 
     # ------------------------------------------------------------ ends
 
-    def _is_current(self, job: Job) -> bool:
-        return self._jobs.get(job.id) is job
-
     def _give_up(self, job: Job, fault: Fault) -> None:
         """End a request that the scheduler still counts on."""
-        if self._is_current(job):
+        if self.ledger.is_open(job):
             self._scheduler.handle(events.Cancelled(job.id))
-            self._fail(job, fault)
-
-    def _fail(self, job: Job, fault: Fault) -> None:
-        self._end(job, Outgoing(event=Failed(job.id, fault)))
-
-    def _end(self, job: Job, outgoing: Outgoing) -> None:
-        del self._jobs[job.id]
-        job.stream.push(outgoing)
-        self._store.put(job.owner, outgoing, time.monotonic())
-        self._expire()
-        if not self._jobs:
-            self._no_jobs.set()
-
-    def _expire(self) -> None:
-        """Drop results whose time is over, and come back when the next one's is."""
-        now = time.monotonic()
-        self._store.expire(now)
-        next_s = self._store.next_expiry()
-        if self._expiry is not None:
-            self._expiry.cancel()
-            self._expiry = None
-        if next_s is not None:
-            self._expiry = asyncio.get_running_loop().call_later(next_s - now, self._expire)
+            self.ledger.fail(job, fault)
 
     def _spawn(self, work: Coroutine[None, None, None], jobs: list[Job]) -> None:
         """Run `work` by itself; whatever goes wrong in it, its requests are answered."""

@@ -79,6 +79,12 @@ class Cancelled(msgspec.Struct, frozen=True):
     request: str
 
 
+class LingerOver(msgspec.Struct, frozen=True):
+    """The time that `Linger` for this forward asked for has passed."""
+
+    sequence: int
+
+
 class PassFinished(msgspec.Struct, frozen=True):
     """The forward `sequence` is over on every shard."""
 
@@ -95,7 +101,7 @@ class ReplicaLost(msgspec.Struct, frozen=True):
     """A shard died or stalled; nothing runs until the replica is ready again."""
 
 
-Event = Arrived | Admitted | Cancelled | PassFinished | ReplicaReady | ReplicaLost
+Event = Arrived | Admitted | Cancelled | LingerOver | PassFinished | ReplicaReady | ReplicaLost
 
 
 # ---------------------------------------------------------------- commands
@@ -122,6 +128,12 @@ class Announce(msgspec.Struct, frozen=True):
     position: int
 
 
+class Linger(msgspec.Struct, frozen=True):
+    """Say `LingerOver` in a moment: others are being admitted and may share this forward."""
+
+    sequence: int
+
+
 class StartPass(msgspec.Struct, frozen=True):
     """Run one forward with these requests, in this order."""
 
@@ -142,4 +154,4 @@ class Abandon(msgspec.Struct, frozen=True):
     requests: tuple[str, ...]
 
 
-Command = Accept | Reject | Announce | StartPass | Drop | Abandon
+Command = Accept | Reject | Announce | Linger | StartPass | Drop | Abandon

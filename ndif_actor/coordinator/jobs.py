@@ -7,9 +7,10 @@ from typing import Literal
 import msgspec
 from msgspec.structs import replace
 
-from ndif_actor.coordinator.admission import Prepared, moved_constant
+from ndif_actor.coordinator.admission import Prepared
 from ndif_actor.coordinator.events import StartPass
 from ndif_actor.coordinator.results import Memory, Outgoing
+from ndif_actor.coordinator.screening import moved_constant
 from ndif_actor.coordinator.stream import EventStream
 from ndif_actor.messages import Group, GroupResult, RunPass
 from ndif_client.wire.frames import FrameLimits

@@ -55,8 +55,8 @@ class ShardSource(Protocol):
         """End the generation: none of its processes that we started is alive after this."""
         ...
 
-    async def before_restart(self, reason: str, *, was_ready: bool) -> None:
-        """Wait as long as is wise.
+    async def before_restart(self, reason: str, *, worked: bool) -> None:
+        """Wait as long as is wise; `worked` says whether a generation was ever ready.
 
         Raises:
             LaunchError: starting again is of no use.
@@ -92,6 +92,8 @@ class Replica:
         self._times = times
         self._generation: Generation | None = None
         self._ready = False
+        #: whether any generation was ever ready
+        self._worked = False
 
     @property
     def state(self) -> str:
@@ -122,11 +124,8 @@ class Replica:
         _log.info("shards may join", address=str(address), shards=self._world_size)
         try:
             while True:
-                reason, was_ready = await self._live(address, choice, on_ready)
-                _log.error("replica lost", reason=reason)
-                if was_ready:
-                    on_lost(reason)
-                await self._source.before_restart(reason, was_ready=was_ready)
+                reason = await self._live(address, choice, on_ready, on_lost)
+                await self._source.before_restart(reason, worked=self._worked)
         finally:
             server.close()
 
@@ -159,21 +158,24 @@ class Replica:
         address: Address,
         choice: ModelChoice,
         on_ready: Callable[[list[Loaded]], Awaitable[None]],
-    ) -> tuple[str, bool]:
-        """Bring up a generation and wait for its end; return why, and whether it was ready."""
+        on_lost: Callable[[str], None],
+    ) -> str:
+        """Bring up a generation and wait for its end; return why it ended."""
         generation = self._generation = Generation(self._world_size)
         bringing_up = asyncio.create_task(self._bring_up(generation, choice, on_ready))
-        was_ready = False
         try:
             await self._source.start(address, generation.lose)
             await asyncio.wait((bringing_up, generation.lost), return_when=asyncio.FIRST_COMPLETED)
             if bringing_up.done():
                 bringing_up.result()
             reason = await generation.lost
-            was_ready = self._ready
-            if generation.refused_to_load and not was_ready:
+            _log.error("replica lost", reason=reason)
+            if self._ready:
+                self._ready = False
+                on_lost(reason)
+            if generation.refused_to_load and not self._worked:
                 raise LaunchError(reason)
-            return reason, was_ready
+            return reason
         except asyncio.CancelledError:
             await generation.tell_all(Stop(), [])
             await self._wait_until_gone(generation)
@@ -206,7 +208,7 @@ class Replica:
         if not await _in_time(generation.all_loaded, self._times.load_s):
             generation.lose(f"{generation.state} after {self._times.load_s:.0f} s")
             return
-        self._ready = True
+        self._ready = self._worked = True
         await on_ready([generation.loaded[rank] for rank in range(self._world_size)])
 
     async def _wait_until_gone(self, generation: Generation) -> None:

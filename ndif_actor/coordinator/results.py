@@ -7,6 +7,7 @@ Time comes from outside, so that tests need no clock.
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Callable
 
 import msgspec
@@ -75,11 +76,14 @@ class _Kept(msgspec.Struct):
     outgoing: Outgoing
     nbytes: int
     expires_s: float
-    delivered: bool = False
 
 
-#: What a result without any buffers counts for: its header and our own records.
+#: What a result counts for beside its buffers: its header and our own records, and its tokens.
 RECORD_BYTES = 1024
+TOKEN_BYTES = 128
+
+#: Entries of the list of delivered results that may be out of date before it is cleaned.
+_SLACK = 64
 
 
 class ResultStore:
@@ -93,6 +97,8 @@ class ResultStore:
         self._ttl_s = ttl_s
         self._max_bytes = max_bytes
         self._kept: dict[str, _Kept] = {}
+        #: delivered results, the largest first; may name some that have gone since
+        self._delivered: list[tuple[int, str]] = []
         self._nbytes = 0
         self._evicted = 0
 
@@ -103,7 +109,7 @@ class ResultStore:
         """Keep a finished request; the store takes a hold of its memory."""
         if not isinstance(outgoing.event, Done | Failed):
             raise TypeError(f"{type(outgoing.event).__name__} is no result")
-        nbytes = RECORD_BYTES + sum(buffer.nbytes for buffer in outgoing.buffers)
+        nbytes = _weight(outgoing)
         outgoing.hold()
         self.forget(outgoing.event.id)
         self._kept[outgoing.event.id] = _Kept(owner, outgoing, nbytes, now + self._ttl_s)
@@ -119,8 +125,10 @@ class ResultStore:
         """Note that the client has received all of it, so it may go before others."""
         kept = self._kept.get(request)
         if kept is not None:
-            kept.delivered = True
-            self._make_room()
+            heapq.heappush(self._delivered, (-kept.nbytes, request))
+            if len(self._delivered) > 2 * len(self._kept) + _SLACK:
+                present = {entry for entry in self._delivered if entry[1] in self._kept}
+                self._delivered = sorted(present)
 
     def forget(self, request: str) -> None:
         """Drop one result, if it is kept."""
@@ -152,9 +160,17 @@ class ResultStore:
 
     def _make_room(self) -> None:
         while self._nbytes > self._max_bytes:
-            delivered = [request for request, kept in self._kept.items() if kept.delivered]
-            if delivered:
-                self.forget(max(delivered, key=lambda request: self._kept[request].nbytes))
-            else:
-                self.forget(next(iter(self._kept)))
+            while self._delivered and self._delivered[0][1] not in self._kept:
+                heapq.heappop(self._delivered)
+            oldest = next(iter(self._kept))
+            self.forget(heapq.heappop(self._delivered)[1] if self._delivered else oldest)
             self._evicted += 1
+
+
+def _weight(outgoing: Outgoing) -> int:
+    """Return the bytes that keeping an event takes, roughly."""
+    nbytes = RECORD_BYTES + sum(buffer.nbytes for buffer in outgoing.buffers)
+    if isinstance(outgoing.event, Done):
+        prompts = (prompt for invoke in outgoing.event.prompts for prompt in invoke)
+        nbytes += TOKEN_BYTES * sum(len(prompt.ids) for prompt in prompts)
+    return nbytes

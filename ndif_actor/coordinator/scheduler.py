@@ -7,7 +7,8 @@ A request is in one of three states here, and then forgotten:
 The scheduler never touches a tensor, a clock, a socket or a task. Users take turns, one request a
 turn, first in first out inside a user; whatever waits when a forward can start shares it, up to
 the budget. A user whose next request does not fit keeps his place at the front, so nobody waits
-for more forwards than there are users before him.
+for more forwards than there are users before him. An idle replica lingers for a moment when
+others have arrived and are still being admitted; a user alone is never made to wait.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ from ndif_actor.coordinator.events import (
     Command,
     Drop,
     Event,
+    Linger,
+    LingerOver,
     PassFinished,
     QueueLimits,
     Reject,
@@ -79,6 +82,7 @@ class Scheduler:
         self._running: set[str] = set()
         self._sequence = 0
         self._in_pass = False
+        self._lingers = False
         self._ready = False
         self._packed = True
 
@@ -88,9 +92,13 @@ class Scheduler:
             case Arrived():
                 return [self._arrive(event)]
             case Admitted(tickets=tickets, refused=refused):
-                return [*self._admit(tickets, refused), *self._start()]
+                return [*self._admit(tickets, refused), *self._start_or_linger()]
             case Cancelled(request=request):
-                return self._cancel(request)
+                return [*self._cancel(request), *self._start_or_linger()]
+            case LingerOver(sequence=sequence):
+                if sequence != self._sequence + 1:
+                    return []
+                self._lingers = False
             case PassFinished(sequence=sequence):
                 if not self._in_pass or sequence != self._sequence:
                     return []
@@ -181,10 +189,20 @@ class Scheduler:
             self._forget(request)
 
     def _lose_replica(self) -> list[Command]:
-        self._ready = False
+        self._ready = self._lingers = False
         running = tuple(sorted(self._running))
         self._finish_pass()
         return [Abandon(running)] if running else []
+
+    def _start_or_linger(self) -> list[Command]:
+        if self._in_pass or not self._ready or not self._turns:
+            return []
+        if not self.statistics().admitting:
+            return self._start()
+        if self._lingers:
+            return []
+        self._lingers = True
+        return [Linger(self._sequence + 1)]
 
     def _start(self) -> list[Command]:
         if not self._ready or self._in_pass or not self._turns:
@@ -196,6 +214,7 @@ class Scheduler:
             self._running.add(ticket.request)
         self._sequence += 1
         self._in_pass = True
+        self._lingers = False
         start = StartPass(
             sequence=self._sequence,
             requests=tuple(ticket.request for ticket in chosen),

@@ -60,9 +60,9 @@ class SpawnedShards:
         await asyncio.gather(*(child.stop() for child in self._children))
         self._children.clear()
 
-    async def before_restart(self, reason: str, *, was_ready: bool) -> None:
+    async def before_restart(self, reason: str, *, worked: bool) -> None:
         """Back off; give up when it never worked, or fails too often."""
-        if not was_ready:
+        if not worked:
             raise LaunchError(f"the shards did not start: {reason}")
         delay_s = self._policy.next_delay(time.monotonic())
         if delay_s is None:
@@ -101,7 +101,7 @@ class JoiningShards:
     async def stop(self) -> None:
         """Nothing: a shard whose link ends exits by itself."""
 
-    async def before_restart(self, reason: str, *, was_ready: bool) -> None:
+    async def before_restart(self, reason: str, *, worked: bool) -> None:
         """Wait for nothing: the next set joins when it is there."""
         _log.info("waiting for a new set of shards to join")
 

@@ -129,7 +129,7 @@ async def receive_json(request: web.Request, kind: type[T]) -> T:
         ) from None
     try:
         return msgspec.json.decode(data, type=kind)
-    except msgspec.DecodeError as error:  # ValidationError is one
+    except (msgspec.DecodeError, RecursionError) as error:
         raise HttpFault("protocol", f"the body is no {kind.__name__}: {error}") from None
 
 

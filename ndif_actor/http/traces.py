@@ -50,7 +50,7 @@ async def _write_events(request: web.Request, stream: EventStream) -> web.Stream
                 outgoing.drop()
         for outgoing in batch:
             if isinstance(outgoing.event, Done | Failed):
-                coordinator.mark_delivered(outgoing.event.id)
+                coordinator.ledger.mark_delivered(outgoing.event.id)
     await response.write_eof()
     return response
 
@@ -59,7 +59,7 @@ async def get_trace(request: web.Request) -> web.StreamResponse:
     """Send a finished request again, or 202 and its last progress while it is unfinished."""
     caller = request.app[AUTHENTICATOR].caller(request)
     coordinator = request.app[COORDINATOR]
-    outgoing = coordinator.find(request.match_info["id"], caller.owner)
+    outgoing = coordinator.ledger.find(request.match_info["id"], caller.owner)
     if outgoing is None:
         raise _unknown(request)
     finished = isinstance(outgoing.event, Done | Failed)
@@ -71,7 +71,7 @@ async def get_trace(request: web.Request) -> web.StreamResponse:
         outgoing.drop()
     await response.write_eof()
     if finished:
-        coordinator.mark_delivered(request.match_info["id"])
+        coordinator.ledger.mark_delivered(request.match_info["id"])
     return response
 
 

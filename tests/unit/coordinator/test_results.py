@@ -111,3 +111,14 @@ def test_a_result_put_twice_replaces_the_first() -> None:
 def test_progress_is_no_result() -> None:
     with pytest.raises(TypeError, match="Queued is no result"):
         store().put("ann", Outgoing(event=Queued("a", 0)), now=0)
+
+
+def test_bookkeeping_does_not_grow_with_results_that_have_gone() -> None:
+    results = store()
+    for moment in range(1000):
+        results.put("ann", result(f"r{moment}"), now=moment)
+        results.mark_delivered(f"r{moment}")
+        results.expire(now=moment + 599.5)
+
+    assert results.statistics().results == 1
+    assert len(results._delivered) < 200

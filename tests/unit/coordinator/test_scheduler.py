@@ -19,6 +19,8 @@ from ndif_actor.coordinator.events import (
     Cancelled,
     Command,
     Drop,
+    Linger,
+    LingerOver,
     PassFinished,
     QueueLimits,
     Reject,
@@ -117,6 +119,59 @@ def test_a_model_that_cannot_be_packed_runs_one_request_a_forward() -> None:
     assert started(scheduler.handle(PassFinished(1))) == [("b",)]
 
 
+def test_an_idle_replica_lingers_for_requests_that_are_being_admitted() -> None:
+    scheduler = ready()
+    scheduler.handle(Arrived(("a",), "ann"))
+    scheduler.handle(Arrived(("b",), "bob"))
+    scheduler.handle(Arrived(("c",), "cat"))
+
+    assert scheduler.handle(Admitted((Ticket("a", 1),)))[1:] == [Linger(1)]
+    assert started(scheduler.handle(Admitted((Ticket("b", 1),)))) == []
+    assert started(scheduler.handle(Admitted((), ("c",)))) == [("a", "b")]
+    assert scheduler.handle(LingerOver(1)) == []
+
+
+def test_lingering_ends_in_time() -> None:
+    scheduler = ready()
+    scheduler.handle(Arrived(("a",), "ann"))
+    scheduler.handle(Arrived(("slow",), "bob"))
+    scheduler.handle(Admitted((Ticket("a", 1),)))
+
+    assert started(scheduler.handle(LingerOver(1))) == [("a",)]
+    assert scheduler.handle(Admitted((Ticket("slow", 1),))) == [Announce("slow", 0)]
+    assert started(scheduler.handle(PassFinished(1))) == [("slow",)]
+
+
+def test_a_forward_that_ends_is_followed_at_once() -> None:
+    scheduler = ready()
+    submit(scheduler, "ann", Ticket("a", 1))
+    submit(scheduler, "ann", Ticket("b", 1))
+    scheduler.handle(Arrived(("c",), "cat"))
+
+    assert started(scheduler.handle(PassFinished(1))) == [("b",)]
+
+
+def test_cancelling_the_one_that_is_waited_for_ends_the_lingering() -> None:
+    scheduler = ready()
+    scheduler.handle(Arrived(("a",), "ann"))
+    scheduler.handle(Arrived(("slow",), "bob"))
+    scheduler.handle(Admitted((Ticket("a", 1),)))
+
+    assert started(scheduler.handle(Cancelled("slow"))) == [("a",)]
+
+
+def test_a_new_replica_lingers_anew() -> None:
+    scheduler = ready()
+    for name in ("a", "b", "slow"):
+        scheduler.handle(Arrived((name,), name))
+    assert Linger(1) in scheduler.handle(Admitted((Ticket("a", 1),)))
+    scheduler.handle(ReplicaLost())
+    scheduler.handle(Cancelled("a"))
+    scheduler.handle(ReplicaReady(True))
+
+    assert Linger(1) in scheduler.handle(Admitted((Ticket("b", 1),)))
+
+
 def test_positions_count_who_starts_first_and_shrink() -> None:
     scheduler = ready(10)
     submit(scheduler, "ann", Ticket("a0", 10))
@@ -200,6 +255,7 @@ class RandomWalk(RuleBasedStateMachine):
         self.queued: dict[str, list[str]] = {}
         self.running: tuple[str, ...] = ()
         self.sequence = 0
+        self.lingers = False
         self.ended: Counter[str] = Counter()
         self.waited: dict[str, int] = {}
 
@@ -208,6 +264,10 @@ class RandomWalk(RuleBasedStateMachine):
             match command:
                 case StartPass():
                     self.check_pass(command)
+                case Linger(sequence=sequence):
+                    assert sequence == self.sequence + 1
+                    assert not self.lingers and not self.running and self.admitting
+                    self.lingers = True
                 case Abandon(requests=requests):
                     assert set(requests) <= set(self.running)
                     self.ended.update(requests)
@@ -231,7 +291,7 @@ class RandomWalk(RuleBasedStateMachine):
             assert queue.pop(0) == request, "first in, first out inside a user"
         self.queued = {user: queue for user, queue in self.queued.items() if queue}
         self.check_turns(start.requests, backlog)
-        self.sequence, self.running = start.sequence, start.requests
+        self.sequence, self.running, self.lingers = start.sequence, start.requests, False
 
     def check_turns(self, requests: tuple[str, ...], backlog: set[str]) -> None:
         served = Counter(self.user_of[request] for request in requests)
@@ -282,7 +342,7 @@ class RandomWalk(RuleBasedStateMachine):
             self.queued[user].remove(name)
             self.queued = {user: queue for user, queue in self.queued.items() if queue}
         commands = self.scheduler.handle(Cancelled(name))
-        assert commands == ([Drop(name)] if alive else [])
+        assert commands[:1] == ([Drop(name)] if alive else [])
         self.obey(commands)
 
     @precondition(lambda self: self.running)
@@ -291,6 +351,12 @@ class RandomWalk(RuleBasedStateMachine):
         self.ended.update(name for name in self.running if not self.ended[name])
         self.running = ()
         self.obey(self.scheduler.handle(PassFinished(self.sequence)))
+
+    @precondition(lambda self: self.lingers)
+    @rule()
+    def linger_over(self) -> None:
+        self.lingers = False
+        self.obey(self.scheduler.handle(LingerOver(self.sequence + 1)))
 
     @precondition(lambda self: not self.ready)
     @rule()
@@ -301,7 +367,7 @@ class RandomWalk(RuleBasedStateMachine):
     @precondition(lambda self: self.ready)
     @rule()
     def lose(self) -> None:
-        self.ready = False
+        self.ready = self.lingers = False
         self.obey(self.scheduler.handle(ReplicaLost()))
         self.running = ()
 
@@ -318,13 +384,13 @@ class RandomWalk(RuleBasedStateMachine):
 
     @invariant()
     def nothing_waits_while_the_replica_is_idle(self) -> None:
-        assert not (self.ready and not self.running and self.queued)
+        assert self.lingers or not (self.ready and not self.running and self.queued)
 
 
 TestRandomWalk = RandomWalk.TestCase
 TestRandomWalk.settings = settings(
-    max_examples=60,
-    stateful_step_count=40,
+    max_examples=100,
+    stateful_step_count=50,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow],
 )

@@ -1,0 +1,70 @@
+"""The scripts of deploy/slurm serve a real model on a real Slurm, to the end of their time."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from pathlib import Path
+
+from ndif_client import connect, errors
+from tests.integration.slurm.experiment import check, run_at, run_in
+from tests.integration.slurm.jobs import ServerJob, Submit
+
+
+async def test_one_node_serves_and_drains_at_the_time_limit(submit: Submit, llama: Path) -> None:
+    job = _submit(submit, "serve-one-node.sbatch", llama)
+    url = await asyncio.to_thread(job.wait_for_url)
+    check(await run_at(url), llama)
+
+    served = asyncio.Event()
+    tracing = asyncio.create_task(_trace_until_refused(url, served))
+    await asyncio.wait_for(served.wait(), 10)
+    job.reach_time_limit()
+    await asyncio.wait_for(tracing, 20)
+
+    await _check_clean_end(job)
+
+
+async def test_two_nodes_share_a_model_and_come_back_when_a_shard_is_killed(
+    submit: Submit, llama: Path
+) -> None:
+    job = _submit(submit, "serve-two-nodes.sbatch", llama)
+    url = await asyncio.to_thread(job.wait_for_url)
+    assert sorted(job.shards()) == ["n1", "n2"]
+    check(await run_at(url), llama)
+
+    os.kill(job.shards()["n2"], signal.SIGKILL)
+    await asyncio.to_thread(job.wait_for_output, "starting them again (1 of 3)")
+    await asyncio.to_thread(job.wait_until_ready, url)
+    check(await run_at(url), llama)
+
+    job.reach_time_limit()
+    await _check_clean_end(job)
+
+
+def _submit(submit: Submit, script: str, model: Path) -> ServerJob:
+    return submit(
+        script,
+        NDIF_ACTOR_MODEL=str(model),
+        NDIF_ACTOR_DEVICE="cpu",
+        NDIF_ACTOR_DTYPE="float32",
+    )
+
+
+async def _trace_until_refused(url: str, served: asyncio.Event) -> None:
+    """Trace again and again until the server accepts no more; what it accepts has to succeed."""
+    async with connect(url) as session:
+        while True:
+            try:
+                await run_in(session)
+            except (errors.UnavailableError, errors.ConnectError):
+                return
+            served.set()
+
+
+async def _check_clean_end(job: ServerJob) -> None:
+    assert await asyncio.to_thread(job.wait_for_end) == ("COMPLETED", "0:0"), job.output()
+    assert job.processes_left() == []
+    assert job.secrets_left() == []
+    assert not job.address_file.exists()

@@ -1,0 +1,229 @@
+"""The slow, obvious path: one request, one forward of plain transformers, plain PyTorch hooks.
+
+Nothing of the ragged batch, the interleaver, the programs or the sharding is used here. What is
+shared with the engine is proven by itself: the operations of the catalogue (`ops`) and the
+addresses of tensors inside a module's arguments (`leaves`).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from ndif_actor.engine import leaves, ops
+from ndif_client.wire.catalogue import CATALOGUE
+from ndif_client.wire.graph import (
+    Apply,
+    CallModule,
+    Constant,
+    Graph,
+    HookPoint,
+    Node,
+    Parameter,
+    ReadHook,
+    Save,
+    WriteHook,
+    references,
+)
+from ndif_client.wire.tensors import import_array
+
+CPU = torch.device("cpu")
+
+#: Token ids per invoke and prompt.
+Invokes = Sequence[Sequence[Sequence[int]]]
+
+#: Saved values by the number of their `Save` node.
+Saved = dict[int, Any]
+
+
+class Oracle:
+    """A model as transformers loads it, and the graphs of single requests run on it."""
+
+    def __init__(self, folder: Path, dtype: torch.dtype) -> None:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        if dtype == torch.float64 and model.get_experts_implementation()[""] is not None:
+            model.set_experts_implementation("eager")  # the default has no kernel in this dtype
+        if not model._supports_sdpa:
+            model.set_attn_implementation("eager")
+        self.model = model.eval()
+
+    def logits(self, ids: Sequence[int]) -> torch.Tensor:
+        """Return the logits `[1, sequence, vocabulary]` of one prompt, without any hook."""
+        with torch.no_grad():
+            logits: torch.Tensor = self.model(torch.tensor([ids]), use_cache=False).logits
+        return logits
+
+    def run(self, invokes: Invokes, graph: Graph, buffers: Sequence[bytes] = ()) -> Saved:
+        """Run one forward over the prompts of one request, left-padded if they differ in length.
+
+        Returns:
+            What the graph saves.
+        """
+        run = _Run(self.model, invokes, graph, buffers)
+        with torch.no_grad():
+            run.advance(None, None)
+            run.forward()
+        assert not run.pending, f"never ran: {run.pending}"
+        return run.saved
+
+
+class _Run:
+    """One forward, and the nodes that did not run yet.
+
+    At each firing of a hook, whatever can run does: a node whose operands are there, and whose own
+    hook point, if it has one, is the one that fires.
+    """
+
+    def __init__(
+        self, model: torch.nn.Module, invokes: Invokes, graph: Graph, buffers: Sequence[bytes]
+    ) -> None:
+        self.model = model
+        self.buffers = buffers
+        self.pending: dict[int, Node] = dict(enumerate(graph.nodes))
+        self.values: dict[int, Any] = {}
+        self.saved: Saved = {}
+        self.lengths = [[len(prompt) for prompt in invoke] for invoke in invokes]
+        self.prompts = [prompt for invoke in invokes for prompt in invoke]
+        self.longest = max(map(len, self.prompts))
+        self.calls: Counter[tuple[str, str]] = Counter()
+        self.calling = False
+
+    def forward(self) -> None:
+        handles = []
+        for path, module in self.model.named_modules():
+            handles += [
+                module.register_forward_pre_hook(self._pre_hook(path), with_kwargs=True),
+                module.register_forward_hook(self._hook(path)),
+            ]
+        try:
+            self.model(**self._inputs(), use_cache=False)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def advance(self, point: HookPoint | None, structure: Any) -> Any:
+        """Run what can run while `structure` is at the hook point, and return what it becomes."""
+        for number, node in list(self.pending.items()):
+            if any(used not in self.values for used in references(node)):
+                continue
+            if isinstance(node, ReadHook | WriteHook):
+                if point is None or point != HookPoint(
+                    node.hook.path, node.hook.port, "", node.hook.call
+                ):
+                    continue
+                leaf = node.hook.leaf
+                if isinstance(node, ReadHook):
+                    self.values[number] = self._read(leaves.get(structure, leaf), node.invoke)
+                else:
+                    value = ops.resolve(node.value, self.values.__getitem__)
+                    changed = self._written(leaves.get(structure, leaf), node.invoke, value)
+                    structure = leaves.replace(structure, leaf, changed)
+            else:
+                self._compute(number, node)
+            del self.pending[number]
+        return structure
+
+    def _inputs(self) -> dict[str, torch.Tensor]:
+        ids, mask, positions = [], [], []
+        for prompt in self.prompts:
+            padding = [0] * (self.longest - len(prompt))
+            ids.append([*padding, *prompt])
+            mask.append([*padding, *(1 for _ in prompt)])
+            positions.append([*padding, *range(len(prompt))])
+        inputs = {
+            "input_ids": torch.tensor(ids),
+            "attention_mask": torch.tensor(mask),
+            "position_ids": torch.tensor(positions),
+        }
+        known = inspect.signature(self.model.forward).parameters
+        return {name: value for name, value in inputs.items() if name in known}
+
+    def _pre_hook(self, path: str) -> Any:
+        def hook(module: torch.nn.Module, args: Any, kwargs: Any) -> Any:
+            changed = self._fire(path, "input", leaves.inputs(args, kwargs))
+            return changed["args"], changed["kwargs"]
+
+        return hook
+
+    def _hook(self, path: str) -> Any:
+        return lambda module, args, output: self._fire(path, "output", output)
+
+    def _fire(self, path: str, port: Any, structure: Any) -> Any:
+        if self.calling:
+            return structure
+        point = HookPoint(path, port, "", self.calls[path, port])
+        self.calls[path, port] += 1
+        return self.advance(point, structure)
+
+    def _compute(self, number: int, node: Node) -> None:
+        match node:
+            case Apply(op=name, args=args, kwargs=kwargs):
+                self.values[number] = ops.apply(CATALOGUE[name], *self._resolved(args, kwargs), CPU)
+            case CallModule(path=path, args=args, kwargs=kwargs):
+                positional, named = self._resolved(args, kwargs)
+                self.calling = True
+                self.values[number] = self.model.get_submodule(path)(*positional, **named)
+                self.calling = False
+            case Parameter(path=path):
+                owner, _, name = path.rpartition(".")
+                self.values[number] = getattr(self.model.get_submodule(owner), name)
+            case Constant(tensor=spec):
+                self.values[number] = import_array(spec, self.buffers[spec.buffer], "torch")
+            case Save(value=ref):
+                self.saved[number] = self.values[ref.node]
+
+    def _resolved(self, args: Any, kwargs: Any) -> tuple[list[Any], dict[str, Any]]:
+        values = self.values.__getitem__
+        return (
+            [ops.resolve(arg, values) for arg in args],
+            {name: ops.resolve(arg, values) for name, arg in kwargs.items()},
+        )
+
+    # ------------------------------------------------------------ an invoke's rows
+
+    def _read(self, tensor: torch.Tensor, invoke: int) -> torch.Tensor:
+        """Return an invoke's rows, its shorter prompts padded with zeros on the left."""
+        split, axis, tokens = self._split(tensor)
+        lengths = self.lengths[invoke]
+        longest = max(lengths)
+        shape = list(split.shape)
+        shape[axis], shape[tokens] = len(lengths), longest
+        rows = split.new_zeros(shape)
+        for i, length in enumerate(lengths):
+            real = split.select(axis, self._first(invoke) + i).narrow(
+                tokens - 1, self.longest - length, length
+            )
+            rows.select(axis, i).narrow(tokens - 1, longest - length, length).copy_(real)
+        return rows if split.dim() == tensor.dim() else rows.flatten(axis, tokens)
+
+    def _written(self, tensor: torch.Tensor, invoke: int, value: Any) -> torch.Tensor:
+        """Return a copy of `tensor` with an invoke's rows, its padding excepted, replaced."""
+        split, axis, tokens = self._split(tensor.clone())
+        mine = self._read(tensor, invoke)
+        value = torch.as_tensor(value).expand(mine.shape)
+        lengths = self.lengths[invoke]
+        longest = max(lengths)
+        if split.dim() != tensor.dim():
+            value = value.unflatten(axis, (len(lengths), longest))
+        for i, length in enumerate(lengths):
+            split.select(axis, self._first(invoke) + i).narrow(
+                tokens - 1, self.longest - length, length
+            ).copy_(value.select(axis, i).narrow(tokens - 1, longest - length, length))
+        return split.reshape(tensor.shape)
+
+    def _split(self, tensor: torch.Tensor) -> tuple[torch.Tensor, int, int]:
+        """Return a tensor with axes for prompts and tokens, and which ones those are."""
+        count, shape = len(self.prompts), list(tensor.shape)
+        if shape[0] == count and self.longest in shape[1:]:
+            return tensor, 0, 1 + shape[1:].index(self.longest)
+        axis = shape.index(count * self.longest)
+        return tensor.unflatten(axis, (count, self.longest)), axis, axis + 1
+
+    def _first(self, invoke: int) -> int:
+        return sum(map(len, self.lengths[:invoke]))

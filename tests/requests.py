@@ -1,0 +1,233 @@
+"""Building graphs in few words, running them on an engine, and comparing with the oracle."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from ndif_actor.engine.engine import Engine
+from ndif_actor.messages import Group, GroupResult, Layout
+from ndif_client.wire.graph import (
+    Apply,
+    Argument,
+    CallModule,
+    Constant,
+    Dots,
+    Graph,
+    HookPoint,
+    Items,
+    Node,
+    Parameter,
+    Port,
+    ReadHook,
+    Ref,
+    Save,
+    Slice,
+    Source,
+    WriteHook,
+)
+from ndif_client.wire.tensors import TensorSpec, export_array, import_array
+from tests.models import CONFIGS, UNPACKABLE
+from tests.oracle import Invokes, Oracle, Saved
+
+#: Largest absolute error in float64.
+EXACT = 1e-10
+
+FAMILIES = [f for f in CONFIGS if f not in (*UNPACKABLE, "llama6", "qwen3_6")]
+
+every_family = pytest.mark.parametrize("family", FAMILIES)
+
+
+class Landmarks(NamedTuple):
+    """Where the parts of a family are, all in one block where there are several."""
+
+    block: str
+    attention: str
+    projection: str
+    mlp: str
+    next_block: str
+    norm: str
+    lm_head: str = "lm_head"
+
+
+LLAMA = Landmarks(
+    "model.layers.1",
+    "model.layers.1.self_attn",
+    "model.layers.1.self_attn.o_proj",
+    "model.layers.1.mlp",
+    "model.layers.2",
+    "model.norm",
+)
+GPT2 = Landmarks(
+    "transformer.h.1",
+    "transformer.h.1.attn",
+    "transformer.h.1.attn.c_proj",
+    "transformer.h.1.mlp",
+    "transformer.h.2",
+    "transformer.ln_f",
+)
+
+
+def precision(family: str, *, padded: bool = True) -> tuple[torch.dtype, float]:
+    """Return in which dtype to compare a family with the oracle, and how closely.
+
+    `padded` says whether the oracle must pad: in float64, the padding of Gemma 2 becomes NaN in
+    transformers itself.
+    """
+    if family == "gemma2" and padded:
+        return torch.float32, 1e-4
+    return torch.float64, EXACT
+
+
+def landmarks(family: str) -> Landmarks:
+    """Return where the parts of a family of `tests.models` are."""
+    return GPT2 if family == "gpt2" else LLAMA
+
+
+class Recorder:
+    """A graph while it is being written; each method adds a node and returns its value."""
+
+    def __init__(self) -> None:
+        self.nodes: list[Node] = []
+        self.buffers: list[bytes] = []
+
+    def add(self, node: Node) -> Ref:
+        self.nodes.append(node)
+        return Ref(len(self.nodes) - 1)
+
+    def read(self, hook: str | HookPoint, invoke: int = 0) -> Ref:
+        return self.add(ReadHook(point(hook), invoke))
+
+    def write(self, hook: str | HookPoint, value: Argument, invoke: int = 0) -> Ref:
+        return self.add(WriteHook(point(hook), value, invoke))
+
+    def apply(self, op: str, *args: Any, **kwargs: Any) -> Ref:
+        named = {name: argument(value) for name, value in kwargs.items()}
+        return self.add(Apply(op, [argument(arg) for arg in args], named))
+
+    def call(self, path: str, *args: Any, **kwargs: Any) -> Ref:
+        return self.add(CallModule(path, list(args), kwargs))
+
+    def parameter(self, path: str) -> Ref:
+        return self.add(Parameter(path))
+
+    def constant(self, tensor: torch.Tensor) -> Ref:
+        dtype, shape, raw = export_array(tensor)
+        self.buffers.append(bytes(raw))
+        return self.add(Constant(TensorSpec(dtype, shape, len(self.buffers) - 1)))  # type: ignore[arg-type]
+
+    def save(self, value: Ref, name: str | None = None) -> Ref:
+        return self.add(Save(value, name))
+
+    def graph(self) -> Graph:
+        """Return the graph; node n was written in line n + 1 of "experiment.py"."""
+        lines = range(len(self.nodes))
+        sources = [Source("experiment.py", n + 1, f"line {n + 1}") for n in lines]
+        return Graph(list(self.nodes), sources, list(lines))
+
+
+def point(hook: str | HookPoint, call: int = 0) -> HookPoint:
+    """Return the hook point written as "path.output", "path.input[args.0]" or "output[logits]"."""
+    if isinstance(hook, HookPoint):
+        return hook
+    place, _, leaf = hook.removesuffix("]").partition("[")
+    path, _, port = place.rpartition(".")
+    known: dict[str, Port] = {"input": "input", "output": "output"}
+    return HookPoint(path, known[port], leaf, call)
+
+
+def argument(value: Any) -> Argument:
+    """Turn Python's own slices, tuples and `...` into a graph's arguments."""
+    match value:
+        case slice(start=start, stop=stop, step=step):
+            return Slice(start, stop, step)
+        case tuple() | list():
+            return Items([argument(item) for item in value])
+        case _ if value is ...:
+            return Dots()
+        case _:
+            known: Argument = value
+            return known
+
+
+class Request:
+    """A graph and the prompts it runs on."""
+
+    def __init__(self, recorder: Recorder, invokes: Invokes) -> None:
+        self.recorder = recorder
+        self.invokes = [[list(ids) for ids in prompts] for prompts in invokes]
+
+    def group(self, number: int, first_buffer: int) -> Group:
+        """Return it as a group of a pass whose buffers hold its own from `first_buffer` on."""
+        own = self.recorder.graph()
+        nodes = [_moved(node, first_buffer) for node in own.nodes]
+        return Group(
+            request=f"request-{number}",
+            invokes=self.invokes,
+            graph=Graph(nodes, own.sources, own.at),
+        )
+
+    def on(self, oracle: Oracle) -> Saved:
+        """Return what the oracle saves."""
+        return oracle.run(self.invokes, self.recorder.graph(), self.recorder.buffers)
+
+
+def _moved(node: Node, first_buffer: int) -> Node:
+    if not isinstance(node, Constant):
+        return node
+    spec = node.tensor
+    return Constant(TensorSpec(spec.dtype, spec.shape, spec.buffer + first_buffer))
+
+
+def allocate(nbytes: int) -> memoryview:
+    return memoryview(bytearray(nbytes))
+
+
+def run(
+    engine: Engine, requests: Sequence[Request], layout: Layout = "packed"
+) -> tuple[list[GroupResult], list[memoryview]]:
+    """Run one pass; return its results in the order of the requests, and their buffers."""
+    groups, buffers = [], []
+    for number, request in enumerate(requests):
+        groups.append(request.group(number, len(buffers)))
+        buffers += [memoryview(raw) for raw in request.recorder.buffers]
+    results, out = engine.run_pass(layout, groups, buffers, allocate)
+    by_name = {result.request: result for result in results}
+    return [by_name[group.request] for group in groups if group.request in by_name], out
+
+
+def saved(result: GroupResult, buffers: Sequence[memoryview]) -> Saved:
+    """Return what a group saved, by the number of the `Save` node."""
+    assert result.fault is None, result.fault
+    values: Saved = {
+        item.node: import_array(item.tensor, buffers[item.tensor.buffer], "torch")
+        for item in result.tensors
+    }
+    for group in result.tuples:
+        values[group.node] = tuple(
+            import_array(spec, buffers[spec.buffer], "torch") for spec in group.items
+        )
+    return values
+
+
+def run_and_save(
+    engine: Engine, requests: Sequence[Request], layout: Layout = "packed"
+) -> list[Saved]:
+    """Run one pass in which nothing fails; return what each request saved."""
+    results, buffers = run(engine, requests, layout)
+    assert len(results) == len(requests)
+    return [saved(result, buffers) for result in results]
+
+
+def assert_equal(values: Saved, wanted: Saved, tolerance: float) -> None:
+    """Compare saved values: same nodes, shapes and dtypes, and within `tolerance` absolute."""
+    assert values.keys() == wanted.keys()
+    for node, value in values.items():
+        try:
+            torch.testing.assert_close(value, wanted[node], rtol=0, atol=tolerance, equal_nan=True)
+        except AssertionError as error:
+            error.add_note(f"of node {node}")
+            raise

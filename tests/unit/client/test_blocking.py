@@ -1,0 +1,126 @@
+"""The blocking form: the same client, without await, and never inside of a running loop."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Iterator
+from contextlib import AsyncExitStack
+
+import numpy as np
+import pytest
+
+from ndif_client import blocking, errors
+from ndif_client.blocking import BlockingSession
+from ndif_client.wire.messages import Fault
+from tests.unit.client.wire_server import SAVE_ONE, VALUE, WireServer
+
+
+@pytest.fixture
+def server() -> Iterator[WireServer]:
+    """A server in a thread of its own, as it would be in a process of its own."""
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    server, stack = WireServer(), AsyncExitStack()
+    asyncio.run_coroutine_threadsafe(stack.enter_async_context(server.running()), loop).result()
+    yield server
+    asyncio.run_coroutine_threadsafe(stack.aclose(), loop).result()
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join()
+    loop.close()
+
+
+@pytest.fixture
+def live(server: WireServer) -> Iterator[BlockingSession]:
+    with blocking.connect(server.url, tensors="numpy") as session:
+        yield session
+
+
+def test_a_trace_runs_at_the_end_of_its_block(live: BlockingSession) -> None:
+    with live.trace("x") as trace:
+        hidden = live.model.model.norm.output.save()
+        trace.other = live.model.lm_head.output
+
+    assert np.array_equal(hidden.value, VALUE)
+    assert np.array_equal(trace.result.other, VALUE)
+    assert np.array_equal(trace.other.value, VALUE)
+    assert len(trace.id) == 32
+
+
+def test_a_function_gives_its_result_at_once(live: BlockingSession) -> None:
+    assert np.array_equal(live.trace("x", SAVE_ONE).h, VALUE)
+
+
+def test_traces_inside_of_together_go_out_in_one_post(
+    server: WireServer, live: BlockingSession
+) -> None:
+    with live.together():
+        with live.trace("a"):
+            first = live.model.model.norm.output.save()
+        with live.trace() as trace, trace.invoke("b"):
+            second = live.model.model.norm.output.save()
+        with pytest.raises(errors.NoValueError):
+            _ = first.value
+        with pytest.raises(errors.GraphError, match="no result yet to return"):
+            live.trace("c", SAVE_ONE)
+
+    assert np.array_equal(first.value, second.value)
+    assert [len(submission.requests) for submission, _ in server.submissions] == [2]
+
+
+def test_failures_of_together_are_all_raised(server: WireServer, live: BlockingSession) -> None:
+    server.fail = {name: Fault(kind="execution", message=name) for name in ("one", "two")}
+
+    with pytest.raises(errors.ExecutionError, match="one"), live.together():
+        _record(live, "one")
+        _record(live, "fine")
+    with pytest.raises(ExceptionGroup) as group, live.together():
+        _record(live, "one")
+        _record(live, "two")
+
+    assert [str(error) for error in group.value.exceptions] == ["one", "two"]
+
+
+def _record(session: BlockingSession, prompt: str) -> None:
+    with session.trace(prompt):
+        session.model.model.norm.output.save()
+
+
+def test_an_error_inside_of_the_block_is_raised_as_itself(
+    server: WireServer, live: BlockingSession
+) -> None:
+    with pytest.raises(ZeroDivisionError), live.trace("x"):
+        _ = 1 / 0
+
+    assert server.submissions == []
+
+
+def test_an_error_of_the_server_is_raised_at_the_end_of_the_block(
+    server: WireServer, live: BlockingSession
+) -> None:
+    server.refuse = (503, Fault(kind="unavailable", message="draining"))
+
+    with pytest.raises(errors.UnavailableError, match="draining"), live.trace("x"):
+        live.model.model.norm.output.save()
+
+
+def test_the_rest_of_a_session_is_there_too(live: BlockingSession) -> None:
+    assert live.tokenize("ab").ids == [97, 98]
+    assert live.decode([97, 98]) == "ab"
+    assert live.models()[0].id == live.tree.id
+    assert "Blocking" in repr(live)
+
+
+async def test_inside_of_a_running_loop_the_call_to_await_is_named(server: WireServer) -> None:
+    with pytest.raises(errors.BlockingCallError, match=r"async with ndif_client\.connect"):
+        blocking.connect(server.url)
+
+
+def test_a_server_that_is_not_there_leaves_no_thread_behind() -> None:
+    before = threading.active_count()
+
+    with pytest.raises(errors.ConnectError):
+        blocking.connect("http://127.0.0.1:9")
+
+    assert threading.active_count() == before

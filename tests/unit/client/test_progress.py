@@ -1,0 +1,28 @@
+"""The progress line: one for each trace under way, gone with the last."""
+
+from __future__ import annotations
+
+import pytest
+
+from ndif_client.progress import Progress, ProgressDisplay
+
+
+def test_nothing_is_shown_before_the_first_step(capsys: pytest.CaptureFixture[str]) -> None:
+    ProgressDisplay().close()
+
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_finished_trace_leaves_its_line(capsys: pytest.CaptureFixture[str]) -> None:
+    display = ProgressDisplay()
+    display.show(Progress("abcdefgh1234", "queued", position=2))
+    display.show(Progress("zzzzzzzz1234", "queued", position=3))
+    display.show(Progress("abcdefgh1234", "running", groups=4))
+    display.show(Progress("abcdefgh1234", "done"))
+    display.show(Progress("zzzzzzzz1234", "failed"))
+
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert "trace abcdefgh  done" in shown.err
+    assert "trace zzzzzzzz  failed" in shown.err
+    assert display._bars is None
