@@ -118,7 +118,6 @@ def draw_lens(path, tokens, ids, certainty, words):
 
 
 async def main(output: Path) -> None:
-    output.mkdir(parents=True, exist_ok=True)
     async with connect("local:demo") as first:
         print(f"{first.tree.id} is served at {first.url}")
         async with connect(first.url) as second, connect(first.url) as third:
@@ -139,4 +138,6 @@ async def main(output: Path) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("demo-output"))
-    asyncio.run(main(parser.parse_args().output))
+    output = parser.parse_args().output
+    output.mkdir(parents=True, exist_ok=True)
+    asyncio.run(main(output))
