@@ -161,6 +161,8 @@ def show_config(
 ) -> None:
     """Print the effective settings and where each comes from."""
     settings = _read_settings({"model": model or "MODEL"}, config)
+    for warning in settings.warnings:
+        print(f"ndif-actor: {warning}", file=sys.stderr)
     for name, origin in settings.origins.items():
         if name != "model" or model is not None:
             print(f"{name} = {getattr(settings.config, name)!r}  ({origin})")

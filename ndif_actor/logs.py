@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
-from typing import Any, Literal
+from typing import Any, Literal, TextIO, cast
 
 import structlog
 
 LogFormat = Literal["auto", "json", "console"]
+
+
+class _LastingStderr:
+    """stderr for a server that goes on, and ends in order, when nobody reads its log any more."""
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(BrokenPipeError):
+            sys.stderr.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(BrokenPipeError):
+            sys.stderr.flush()
 
 
 def configure_logs(log_format: LogFormat, level: str, **context: Any) -> None:
@@ -19,6 +33,7 @@ def configure_logs(log_format: LogFormat, level: str, **context: Any) -> None:
         level: the lowest level that is written, such as "info".
         context: put on every line, such as `rank=0`.
     """
+    stderr = _LastingStderr()
     number = logging.getLevelNamesMapping()[level.upper()]
     pretty = log_format == "console" or (log_format == "auto" and sys.stderr.isatty())
     shared: list[Any] = [
@@ -34,11 +49,11 @@ def configure_logs(log_format: LogFormat, level: str, **context: Any) -> None:
     structlog.configure(
         processors=[*shared, *final],
         wrapper_class=structlog.make_filtering_bound_logger(number),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        logger_factory=structlog.PrintLoggerFactory(cast(TextIO, stderr)),
         cache_logger_on_first_use=True,
     )
     structlog.contextvars.bind_contextvars(**context)
-    handler = logging.StreamHandler(sys.stderr)
+    handler = logging.StreamHandler(stderr)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=[*shared, structlog.stdlib.add_logger_name],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -173,6 +174,33 @@ class Request:
     def on(self, oracle: Oracle) -> Saved:
         """Return what the oracle saves."""
         return oracle.run(self.invokes, self.recorder.graph(), self.recorder.buffers)
+
+
+def read_all(points: Sequence[HookPoint], invokes: Invokes) -> Request:
+    """A request that saves what it sees at these hook points, in each of its invokes."""
+    recorder = Recorder()
+    for invoke in range(len(invokes)):
+        for hook in points:
+            recorder.save(recorder.read(hook, invoke))
+    return Request(recorder, invokes)
+
+
+def flipped(hook: HookPoint, ids: Sequence[int]) -> Request:
+    """A request that turns the tokens at a hook point round, and saves the logits."""
+    recorder = Recorder()
+    before = recorder.read(hook)
+    recorder.write(hook, recorder.apply("mul", recorder.apply("flip", before, (1,)), 0.7))
+    recorder.save(recorder.read("output[logits]"))
+    return Request(recorder, [[ids]])
+
+
+def touchable(engine: Engine) -> list[HookPoint]:
+    """The hook points of the second block, and of what lies around the blocks, to be written."""
+    return [
+        site.point
+        for site in engine.blueprint.table.sites.values()
+        if site.dtype.is_floating_point and not re.search(r"\.[02]($|\.)", site.point.path)
+    ]
 
 
 def _moved(node: Node, first_buffer: int) -> Node:

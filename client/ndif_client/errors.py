@@ -109,6 +109,9 @@ class InternalServerError(NdifError):
 class ConnectError(NdifError):
     """The server can't be reached."""
 
+    #: whether it is known to have ended, so that asking again is in vain
+    for_good: bool = False
+
 
 class ServerStartError(NdifError):
     """The private server of `connect("local:...")` did not start."""

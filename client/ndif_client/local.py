@@ -26,6 +26,9 @@ _TAIL_LINES = 40
 #: Seconds the server may take to end by itself, then by SIGTERM.
 _STOP_S = (10.0, 5.0)
 
+#: Seconds to wait for its last words.
+_EXPLAIN_S = 2.0
+
 
 class LocalServer:
     """One server process.
@@ -93,10 +96,15 @@ class LocalServer:
             reader.cancel()
         await asyncio.gather(*self._readers, return_exceptions=True)
 
-    def explain(self) -> str:
-        """Return what is known of its end, if it has ended."""
+    async def explain(self) -> str:
+        """Return what is known of its end, if it has ended or does so now."""
         process = self._process
-        if process is None or process.returncode is None:
+        assert process is not None
+        try:
+            async with asyncio.timeout(_EXPLAIN_S):
+                await process.wait()
+                await asyncio.wait(self._readers[1:])
+        except TimeoutError:
             return ""
         log = "\n".join(f"  {line}" for line in self._tail)
         return (
@@ -110,10 +118,9 @@ class LocalServer:
             found = _READY.match(line)
             if found and not self._ready.done():
                 self._ready.set_result(found[1].decode())
-        await self._process.wait()
-        await asyncio.wait(self._readers[1:])
         if not self._ready.done():
-            message = f"`ndif-actor serve {self._model}` did not start: {self.explain()}"
+            known = await self.explain()
+            message = f"`ndif-actor serve {self._model}` did not start: {known}"
             self._ready.set_exception(ServerStartError(message))
 
     async def _read_log(self, stream: asyncio.StreamReader) -> None:

@@ -219,7 +219,7 @@ async def _only_model(transport: Transport) -> str:
     return offered[0].id
 
 
-def _nothing_known() -> str:
+async def _nothing_known() -> str:
     return ""
 
 

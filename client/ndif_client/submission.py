@@ -181,7 +181,7 @@ class Submitter:
                 heard_s = loop.time()
             except (BrokenStreamError, ConnectError) as error:
                 if loop.time() - heard_s > _GIVE_UP_S:
-                    pending.fail(self._transport.unreachable(error))
+                    pending.fail(await self._transport.unreachable(error))
             except NdifError as error:
                 if error.status == HTTPStatus.NOT_FOUND:
                     self._resend(pending)

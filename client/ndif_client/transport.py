@@ -5,7 +5,7 @@ Knows endpoints and frames; knows nothing of graphs, proxies or results.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import quote, urlsplit
@@ -45,11 +45,11 @@ class Transport:
         url: "http://host:port".
         api_key: sent as a bearer token, if given.
         timeout: seconds to wait for a connection, and for each short reply.
-        explain: gives what else is known when the server can't be reached.
+        explain: finds out what else is known when the server can't be reached.
     """
 
     def __init__(
-        self, url: str, api_key: str | None, timeout: float, explain: Callable[[], str]
+        self, url: str, api_key: str | None, timeout: float, explain: Callable[[], Awaitable[str]]
     ) -> None:
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.netloc:
@@ -124,15 +124,17 @@ class Transport:
                     raise _refusal(await response.read(), response.status, self.url + path)
                 yield FrameStream(response)
         except aiohttp.ClientConnectorError as error:
-            raise self.unreachable(error) from error
+            raise await self.unreachable(error) from error
         except (aiohttp.ClientError, ConnectionError, EOFError, TimeoutError) as error:
             raise BrokenStreamError(str(error) or type(error).__name__) from error
 
-    def unreachable(self, error: BaseException) -> ConnectError:
+    async def unreachable(self, error: BaseException) -> ConnectError:
         """Return the error for a server that does not answer."""
-        reason = str(error) or type(error).__name__
-        known = self._explain()
-        return ConnectError(f"can't reach {self.url}: {reason}{known and f'{chr(10)}{known}'}")
+        lines = [
+            f"can't reach {self.url}: {str(error) or type(error).__name__}",
+            await self._explain(),
+        ]
+        return ConnectError("\n".join(filter(None, lines)))
 
     @property
     def _session(self) -> aiohttp.ClientSession:
@@ -157,10 +159,10 @@ class Transport:
                     raise _refusal(await response.read(), response.status, url)
                 yield response
         except TimeoutError as error:
-            message = f"no answer within {self.timeout:g} s"
-            raise self.unreachable(TimeoutError(message)) from error
+            late = TimeoutError(f"no answer within {self.timeout:g} s")
+            raise await self.unreachable(late) from error
         except (aiohttp.ClientError, ConnectionError) as error:
-            raise self.unreachable(error) from error
+            raise await self.unreachable(error) from error
 
 
 class FrameStream:

@@ -221,12 +221,17 @@ def _attention(config: PreTrainedConfig) -> str | None:
     return IMPLEMENTATION if exchangeable else None
 
 
-def _embedding_plan(config: PreTrainedConfig) -> dict[str, str] | None:
+def _embedding_plan(config: PreTrainedConfig) -> dict[str, str]:
+    """Replicate the input embedding and, as one tensor can't lie in two ways, what is tied to it."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    embedding = model.get_input_embeddings()
-    names = [name for name, module in model.named_modules() if module is embedding]
-    return {names[0]: "replicate"} if names else None
+    weight = model.get_input_embeddings().weight
+    holders = [name for name, module in model.named_modules() if _holds(module, weight)]
+    return dict.fromkeys(holders, "replicate")
+
+
+def _holds(module: torch.nn.Module, parameter: torch.nn.Parameter) -> bool:
+    return any(own is parameter for own in module._parameters.values())
 
 
 def _frozen(model: PreTrainedModel) -> PreTrainedModel:

@@ -55,6 +55,7 @@ def test_the_tensor_parallel_plan_of_llama_is_the_one_layouts_were_learned_from(
     plan = {name.removeprefix("model.layers.*."): how for name, how in model.tp_plan.items()}
 
     assert plan == {
+        "model.embed_tokens": "embedding_rowwise",  # overridden by ours
         "self_attn.q_proj": "colwise",
         "self_attn.k_proj": "colwise",
         "self_attn.v_proj": "colwise",
@@ -67,10 +68,21 @@ def test_the_tensor_parallel_plan_of_llama_is_the_one_layouts_were_learned_from(
     assert DistributedConfig(tp_size=2, tp_plan={"model.embed_tokens": "replicate"}).tp_size == 2
 
 
-def test_phi3_replicates_its_attention_and_fuses_gate_and_up() -> None:
-    model = adapter.build_without_weights(CONFIGS["phi3"](), torch.float32)
+def test_phi3_shows_whole_tensors_between_its_sharded_modules() -> None:
+    plan = adapter.build_without_weights(CONFIGS["phi3"](), torch.float32).tp_plan
 
-    assert model.tp_plan["model.layers.*.self_attn.qkv_proj"] == "colwise_gather_output"
+    assert plan["model.layers.*.self_attn.qkv_proj"] == "colwise_gather_output"
+    assert plan["model.layers.*.self_attn.o_proj"] == "rowwise_split_input"
+    assert plan["model.layers.*.mlp.gate_up_proj"] == "colwise_gather_output"
+    assert plan["model.layers.*.mlp.down_proj"] == "rowwise_split_input"
+
+
+def test_modules_that_a_plan_shards_packed_are_found_by_its_patterns() -> None:
+    model = adapter.build_without_weights(CONFIGS["phi3"](), torch.float32)
+    plan = {"model.layers.*.mlp.gate_up_proj": "packed_colwise", "lm_head": "colwise"}
+
+    model.tp_plan = plan
+
     assert adapter.shard_factors(model) == {
         f"model.layers.{n}.mlp.gate_up_proj": 2 for n in (0, 1, 2)
     }

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-
 import torch
 
 from ndif_client.wire.graph import HookPoint
@@ -14,20 +12,15 @@ from tests.requests import (
     Request,
     assert_equal,
     every_family,
+    flipped,
     precision,
+    read_all,
     run_and_save,
+    touchable,
 )
 
 #: Longer than the windows of the families that have one.
 PROMPT = [5, 17, 99, 250, 3, 41, 8]
-
-
-def read_all(points: list[HookPoint], invokes: list[list[list[int]]]) -> Request:
-    recorder = Recorder()
-    for invoke in range(len(invokes)):
-        for point in points:
-            recorder.save(recorder.read(point, invoke))
-    return Request(recorder, invokes)
 
 
 @every_family
@@ -86,14 +79,10 @@ def test_a_write_to_any_hook_point_changes_the_model_as_a_plain_hook_would(
     family: str, load_engine: LoadEngine, load_oracle: LoadOracle
 ) -> None:
     engine, oracle = load_engine(family), load_oracle(family)
-    points = [
-        site.point
-        for site in engine.blueprint.table.sites.values()
-        if site.dtype.is_floating_point and not re.search(r"\.[02]($|\.)", site.point.path)
-    ]
+    points = touchable(engine)
 
     # All in one forward: each write must change its own request and no other.
-    requests = [flipped(point) for point in points]
+    requests = [flipped(point, PROMPT) for point in points]
     together = run_and_save(engine, requests)
 
     untouched = oracle.logits(PROMPT)
@@ -105,15 +94,6 @@ def test_a_write_to_any_hook_point_changes_the_model_as_a_plain_hook_would(
             idle.add(str(point))
     # The model itself makes no use of these.
     assert idle <= {"model.rotary_emb.input[args.0]", "model.layers.1.mlp.gate.output[0]"}
-
-
-def flipped(point: HookPoint) -> Request:
-    """A request that turns the tokens at a hook point round."""
-    recorder = Recorder()
-    before = recorder.read(point)
-    recorder.write(point, recorder.apply("mul", recorder.apply("flip", before, (1,)), 0.7))
-    recorder.save(recorder.read("output[logits]"))
-    return Request(recorder, [[PROMPT]])
 
 
 def test_the_hook_points_of_a_llama_block_are_those_of_its_modules(load_engine: LoadEngine) -> None:

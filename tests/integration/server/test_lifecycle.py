@@ -285,7 +285,6 @@ def test_a_shard_that_does_not_know_the_secret_is_refused(
     ("arguments", "status", "words"),
     [
         (["serve", "{llama}", "--tp", "3"], ExitCode.MODEL, "3"),
-        (["serve", "{gpt2}", "--tp", "2"], ExitCode.MODEL, "GPT2"),
         (["serve", "{tmp}"], ExitCode.MODEL, "config.json"),
         (["serve", "{llama}", "--port", "{taken}"], ExitCode.LAUNCH, "can't listen on 127.0.0.1"),
         (["serve", "{llama}", "--dtype", "int3"], ExitCode.USAGE, "dtype = 'int3' (flag)"),
@@ -304,7 +303,6 @@ def test_what_cannot_be_started_ends_with_a_reason_and_a_status(
         taken.listen()
         places = {
             "llama": str(model_folder("llama")),
-            "gpt2": str(model_folder("gpt2")),
             "tmp": str(tmp_path),
             "taken": str(taken.getsockname()[1]),
         }

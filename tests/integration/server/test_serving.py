@@ -6,18 +6,30 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Iterator
 
+import msgspec
 import numpy as np
 import pytest
 
 from ndif_client.wire.frames import encode_frame
-from ndif_client.wire.graph import Apply, Constant, HookPoint, Node, ReadHook, Ref, Save, Source
-from ndif_client.wire.messages import Queued, Running
+from ndif_client.wire.graph import (
+    Apply,
+    Constant,
+    HookPoint,
+    Items,
+    Node,
+    ReadHook,
+    Ref,
+    Save,
+    Source,
+)
+from ndif_client.wire.messages import Failed, Queued, Running, Submission
 from ndif_client.wire.tensors import TensorSpec
 from tests.conftest import MakeModel
 from tests.integration.server.harness import (
     Refused,
     Server,
     Wire,
+    events_of,
     refusal,
     running,
     save_layer,
@@ -249,6 +261,29 @@ async def test_a_malformed_or_oversized_body_is_refused_by_name(
 
     assert refused.status == status
     assert words in refused.fault.message
+
+
+async def test_a_submission_nested_without_end_is_refused(client: Wire) -> None:
+    request = trace(MODEL, [Apply("stack", [Items([])])])
+    plain = msgspec.msgpack.encode(Submission(requests=[request]))
+    empty = msgspec.msgpack.encode(Items([]))
+    nested = empty[:-1] + b"\x91"  # its list now holds one item: whatever follows
+
+    for levels, words in ((100_000, "nested too deeply"), (50, "lists within lists")):
+        header = plain.replace(empty, nested * levels + empty)
+        refused_or_failed = await _post_header(client, header)
+        assert words in refused_or_failed
+
+
+async def _post_header(client: Wire, header: bytes) -> str:
+    """Return what a submission is refused with, or what its only request fails with."""
+    target, data = f"{client.url}/v1/traces", b"".join(encode_frame(header))
+    async with client.http.post(target, data=data) as reply:
+        if reply.status >= 400:
+            return (await refusal(reply)).fault.message
+        (event,) = [event async for event, _ in events_of(reply)]
+        assert isinstance(event, Failed)
+        return event.fault.message
 
 
 async def test_a_body_that_only_announces_too_much_is_refused_unread(server: Server) -> None:

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ndif_client import Session, connect
+from ndif_client import Progress, Session, connect
 
 _PROMPT = "The Eiffel Tower is in"
 
@@ -23,9 +24,13 @@ async def run_at(url: str) -> torch.Tensor:
         return await run_in(session)
 
 
-async def run_in(session: Session) -> torch.Tensor:
+async def run_in(
+    session: Session, on_progress: Callable[[Progress], None] | None = None
+) -> torch.Tensor:
     """Return what layer 1 puts out for the prompt, by the server of `session`."""
-    result = await session.trace(_PROMPT, lambda m: {"hidden": m.model.layers[1].output})
+    result = await session.trace(
+        _PROMPT, lambda m: {"hidden": m.model.layers[1].output}, on_progress=on_progress
+    )
     hidden: torch.Tensor = result["hidden"]
     return hidden
 

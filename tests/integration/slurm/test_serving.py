@@ -7,7 +7,7 @@ import os
 import signal
 from pathlib import Path
 
-from ndif_client import connect, errors
+from ndif_client import Progress, connect, errors
 from tests.integration.slurm.experiment import check, run_at, run_in
 from tests.integration.slurm.jobs import ServerJob, Submit
 
@@ -17,13 +17,15 @@ async def test_one_node_serves_and_drains_at_the_time_limit(submit: Submit, llam
     url = await asyncio.to_thread(job.wait_for_url)
     check(await run_at(url), llama)
 
-    served = asyncio.Event()
-    tracing = asyncio.create_task(_trace_until_refused(url, served))
-    await asyncio.wait_for(served.wait(), 10)
+    load = Load()
+    tracing = asyncio.create_task(load.go_on(url))
+    await asyncio.wait_for(load.served.wait(), 10)
     job.reach_time_limit()
-    await asyncio.wait_for(tracing, 20)
-
     await _check_clean_end(job)
+    done, _ = await asyncio.wait((tracing,), timeout=1)
+    tracing.cancel()
+    assert all(task.exception() is None for task in done)
+    assert load.unanswered == 0
 
 
 async def test_two_nodes_share_a_model_and_come_back_when_a_shard_is_killed(
@@ -52,15 +54,33 @@ def _submit(submit: Submit, script: str, model: Path) -> ServerJob:
     )
 
 
-async def _trace_until_refused(url: str, served: asyncio.Event) -> None:
-    """Trace again and again until the server accepts no more; what it accepts has to succeed."""
-    async with connect(url) as session:
-        while True:
-            try:
-                await run_in(session)
-            except (errors.UnavailableError, errors.ConnectError):
-                return
-            served.set()
+class Load:
+    """Somebody who traces again and again until the server accepts no more.
+
+    Attributes:
+        served: set at the first result.
+        unanswered: traces that were accepted and have no result.
+    """
+
+    def __init__(self) -> None:
+        self.served = asyncio.Event()
+        self.unanswered = 0
+
+    async def go_on(self, url: str) -> None:
+        """Trace until refused, or cancelled."""
+        async with connect(url) as session:
+            while True:
+                try:
+                    await run_in(session, self._note)
+                except (errors.UnavailableError, errors.ConnectError):
+                    return
+                self.served.set()
+
+    def _note(self, progress: Progress) -> None:
+        if progress.state == "queued":
+            self.unanswered = 1
+        elif progress.state == "done":
+            self.unanswered = 0
 
 
 async def _check_clean_end(job: ServerJob) -> None:

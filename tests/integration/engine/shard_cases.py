@@ -1,0 +1,237 @@
+"""What is proven of a tensor-parallel replica; each case runs on all ranks together.
+
+Comparisons are made on rank 0 alone: the others report no values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ndif_actor.engine.engine import Engine
+from ndif_client.wire.graph import HookPoint
+from tests.integration.engine.experiments import EIFFEL, EXPERIMENTS, SHORT
+from tests.oracle import Oracle
+from tests.requests import (
+    EXACT,
+    LLAMA,
+    Recorder,
+    Request,
+    assert_equal,
+    flipped,
+    read_all,
+    run,
+    saved,
+    touchable,
+)
+
+SMOLLM2_PROMPTS = [
+    [504, 1195, 4112, 22159, 314, 281, 260, 2240, 282],
+    [504, 3575, 282, 4649, 314],
+    [19556, 665, 17],
+]
+
+
+class Shard:
+    """This rank: its engines and, on rank 0, its oracles, each loaded once."""
+
+    def __init__(self, folder: Path, rank: int, world_size: int) -> None:
+        self.folder = folder
+        self.rank = rank
+        self.world_size = world_size
+        self.engine = cache(self._engine)
+        self.oracle = cache(self._oracle)
+
+    def _engine(self, family: str, dtype: str = "float64") -> Engine:
+        return Engine.load(
+            self.folder / f"{family}-{dtype}",
+            dtype=dtype,
+            device="cpu",
+            rank=self.rank,
+            world_size=self.world_size,
+        )
+
+    def _oracle(self, family: str, dtype: str = "float64") -> Oracle:
+        return Oracle(self.folder / f"{family}-{dtype}", getattr(torch, dtype))
+
+    def check(
+        self,
+        family: str,
+        requests: Sequence[Request],
+        dtype: str = "float64",
+        tolerance: float = EXACT,
+    ) -> None:
+        """Run the requests in one forward; rank 0 compares each with the oracle."""
+        results, buffers = run(self.engine(family, dtype), requests)
+        if self.rank != 0:
+            assert results == [] and buffers == []
+            return
+        for request, result in zip(requests, results, strict=True):
+            wanted = request.on(self.oracle(family, dtype))
+            assert_equal(saved(result, buffers), wanted, tolerance)
+
+
+def hook_points(shard: Shard, family: str) -> None:
+    points = list(shard.engine(family).blueprint.table.sites)
+    shard.check(
+        family, [read_all(points, [[EIFFEL]]), read_all(points, [[SHORT, EIFFEL], [SHORT]])]
+    )
+
+
+def writes(shard: Shard, family: str) -> None:
+    points = touchable(shard.engine(family))
+    shard.check(family, [flipped(point, EIFFEL) for point in points])
+
+
+def experiments(shard: Shard, family: str) -> None:
+    shard.check(family, [experiment(LLAMA) for experiment in EXPERIMENTS])
+
+
+def parameters(shard: Shard, family: str) -> None:
+    recorder = Recorder()
+    for name, _ in shard.engine(family).blueprint.model.named_parameters():
+        recorder.save(recorder.parameter(name))
+    shard.check(family, [Request(recorder, [[EIFFEL]])])
+
+
+def module_calls(shard: Shard, family: str) -> None:
+    """Call every module that a graph may call, on a whole value of the width it takes."""
+    table = shard.engine(family).blueprint.table
+    recorder = Recorder()
+    for point in table.sites:
+        path, mlp = point.path, ".mlp" if family == "qwen3_moe" else None
+        called = path.startswith("model.layers.1.self_attn.") or path.startswith(
+            ("model.layers.1.mlp", "model.norm", "lm_head")
+        )
+        if point.port == "input" and called and not (mlp and f"{mlp}." in path):
+            value = recorder.apply("cos", recorder.read(point))
+            recorder.save(recorder.call(path, value))
+            recorder.save(recorder.call(path, recorder.apply("getitem", value, (0, 0))))
+    hidden = recorder.read("model.layers.1.output")
+    name = "hidden_states" if family == "qwen3_moe" else "x"
+    recorder.save(recorder.call("model.layers.1.mlp", **{name: hidden}))
+    recorder.save(recorder.call("lm_head", **{"input": hidden}))
+    ids = recorder.apply("argmax", recorder.read("output[logits]"), -1)
+    recorder.save(recorder.call("model.embed_tokens", ids))
+    shard.check(family, [Request(recorder, [[EIFFEL]])])
+
+
+def failures(shard: Shard, family: str) -> None:
+    """A group fails amid sharded reads, calls and parameters; its neighbours don't notice."""
+    reached = recorder = Recorder()
+    inner = recorder.read("model.layers.0.self_attn.q_proj.output")
+    far = recorder.apply("add", recorder.apply("argmax", inner, -1), 1000)
+    broken = recorder.apply("index_select", inner, 1, recorder.apply("getitem", far, 0))
+    recorder.write("model.layers.1.self_attn.q_proj.output", broken)
+    outer = recorder.read("model.layers.1.self_attn.v_proj.output")
+    recorder.save(recorder.apply("matmul", outer, recorder.parameter("lm_head.weight")))
+    recorder.save(recorder.call("model.layers.1.mlp", recorder.read("model.layers.1.output")))
+    embedded = recorder.call("model.embed_tokens", far)
+    recorder.save(recorder.call("model.layers.2.mlp.down_proj", embedded))
+    neighbour = EXPERIMENTS[0](LLAMA)
+    requests = [neighbour, Request(reached, [[EIFFEL]]), neighbour]
+
+    for _ in range(2):
+        results, buffers = run(shard.engine(family), requests)
+        faults = [result.fault for result in results if result.fault is not None]
+        assert [fault.node for fault in faults] == [4], results
+        assert "out of range" in faults[0].message
+        if shard.rank == 0:
+            wanted = neighbour.on(shard.oracle(family))
+            assert_equal(saved(results[0], buffers), wanted, EXACT)
+            assert_equal(saved(results[2], buffers), wanted, EXACT)
+        else:
+            assert len(results) == 1
+
+
+def layouts(shard: Shard, family: str) -> None:
+    """The sharded hook points are those of the plan, with the slices of the plan."""
+    engine = shard.engine(family)
+    found = {
+        str(point).removeprefix("model.layers.0."): (layout.axis, layout.sizes)
+        for point, layout in engine._model._layouts.items()
+        if point.path.startswith("model.layers.0.") or "layers" not in point.path
+    }
+    assert found == LAYOUTS[family]
+
+
+#: Which hook points lie in slices, along which axis and of which sizes.
+LAYOUTS: dict[str, dict[str, tuple[int, tuple[int, ...]]]] = {
+    "llama": {
+        "self_attn.q_proj.output": (-1, (24, 24)),
+        "self_attn.k_proj.output": (-1, (12, 12)),
+        "self_attn.v_proj.output": (-1, (12, 12)),
+        "self_attn.o_proj.input[args.0]": (-1, (24, 24)),
+        "mlp.gate_proj.output": (-1, (40, 40)),
+        "mlp.act_fn.input[args.0]": (-1, (40, 40)),
+        "mlp.act_fn.output": (-1, (40, 40)),
+        "mlp.up_proj.output": (-1, (40, 40)),
+        "mlp.down_proj.input[args.0]": (-1, (40, 40)),
+    },
+    "qwen3_6": {
+        "self_attn.q_proj.output": (-1, (16, 16, 16)),
+        "self_attn.q_norm.input[args.0]": (-2, (2, 2, 2)),
+        "self_attn.q_norm.output": (-2, (2, 2, 2)),
+        "self_attn.k_proj.output": (-1, (8, 8, 8)),
+        "self_attn.k_norm.input[args.0]": (-2, (1, 1, 1)),
+        "self_attn.k_norm.output": (-2, (1, 1, 1)),
+        "self_attn.v_proj.output": (-1, (8, 8, 8)),
+        "self_attn.o_proj.input[args.0]": (-1, (16, 16, 16)),
+        "mlp.gate_proj.output": (-1, (27, 27, 26)),
+        "mlp.act_fn.input[args.0]": (-1, (27, 27, 26)),
+        "mlp.act_fn.output": (-1, (27, 27, 26)),
+        "mlp.up_proj.output": (-1, (27, 27, 26)),
+        "mlp.down_proj.input[args.0]": (-1, (27, 27, 26)),
+    },
+    "phi3": {},
+}
+
+
+def half_precision(shard: Shard, family: str) -> None:
+    recorder = Recorder()
+    value = recorder.read("model.layers.1.mlp.gate_proj.output")
+    recorder.write("model.layers.1.mlp.gate_proj.output", recorder.apply("mul", value, 0.5))
+    recorder.save(recorder.read("model.layers.1.mlp.down_proj.input[args.0]"))
+    shard.check(family, [Request(recorder, [[EIFFEL]])], "bfloat16", tolerance=0.1)
+
+
+def smollm2(shard: Shard, family: str) -> None:
+    requests = []
+    for ids in SMOLLM2_PROMPTS:
+        recorder = Recorder()
+        heads = recorder.read("model.layers.20.self_attn.o_proj.input[args.0]")
+        recorder.write("model.layers.20.self_attn.o_proj.input[args.0]", heads)
+        for hook in ("model.layers.10.mlp.gate_proj.output", "model.layers.10.output"):
+            recorder.save(recorder.read(hook))
+        recorder.save(recorder.read("output[logits]"))
+        requests.append(Request(recorder, [[ids]]))
+    # Activations of SmolLM2 reach 10,000 and more; its logits lie around 30.
+    results, buffers = run(shard.engine(family, "float32"), requests)
+    for request, result in zip(requests, results, strict=False):
+        wanted, values = request.on(shard.oracle(family, "float32")), saved(result, buffers)
+        last = max(wanted)
+        assert_equal({0: values[last]}, {0: wanted[last]}, 2e-4)
+        for node, value in values.items():
+            torch.testing.assert_close(value, wanted[node], rtol=1e-4, atol=1e-3)
+
+
+CASES: dict[str, Callable[[Shard, str], Any]] = {
+    case.__name__: case
+    for case in (
+        layouts,
+        hook_points,
+        writes,
+        experiments,
+        parameters,
+        module_calls,
+        failures,
+        half_precision,
+        smollm2,
+    )
+}
+
+_ = HookPoint
