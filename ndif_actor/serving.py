@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 from typing import cast
@@ -26,6 +27,9 @@ from ndif_actor.exits import ExitCode
 from ndif_actor.http.lifecycle import run_server
 from ndif_actor.logs import LogFormat, configure_logs
 from ndif_actor.shard import run_shard
+
+#: Seconds that a busy thread keeps the interpreter from one that waits for it.
+SWITCH_INTERVAL_S = 0.0005
 
 
 async def serve_here(config: ServerConfig, folder: Path) -> None:
@@ -98,6 +102,8 @@ async def run_one_shard(
 async def _serve(
     config: ServerConfig, folder: Path, source: ShardSource, address: Address, secret: bytes
 ) -> None:
+    # The event loop must not wait long for the interpreter while admission computes.
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
     replica = Replica(
         config.tp,
         source=source,

@@ -180,7 +180,8 @@ class Submitter:
                 await self._ask_once(pending)
                 heard_s = loop.time()
             except (BrokenStreamError, ConnectError) as error:
-                if loop.time() - heard_s > _GIVE_UP_S:
+                for_good = isinstance(error, ConnectError) and error.for_good
+                if for_good or loop.time() - heard_s > _GIVE_UP_S:
                     pending.fail(await self._transport.unreachable(error))
             except NdifError as error:
                 if error.status == HTTPStatus.NOT_FOUND:

@@ -130,11 +130,11 @@ class Transport:
 
     async def unreachable(self, error: BaseException) -> ConnectError:
         """Return the error for a server that does not answer."""
-        lines = [
-            f"can't reach {self.url}: {str(error) or type(error).__name__}",
-            await self._explain(),
-        ]
-        return ConnectError("\n".join(filter(None, lines)))
+        known = await self._explain()
+        message = f"can't reach {self.url}: {str(error) or type(error).__name__}"
+        unreachable = ConnectError(f"{message}\n{known}" if known else message)
+        unreachable.for_good = bool(known)
+        return unreachable
 
     @property
     def _session(self) -> aiohttp.ClientSession:

@@ -123,9 +123,15 @@ def read_secret(environment: Mapping[str, str], file: Path | None) -> bytes:
 def write_secret(file: Path) -> bytes:
     """Make a secret, write it to a new file that only its owner may read, and return it."""
     secret = new_secret()
-    descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "w") as stream:
-        stream.write(secret + "\n")
+    draft = file.with_name(f".{file.name}.{os.getpid()}")
+    descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        with os.fdopen(descriptor, "w") as stream:
+            stream.write(secret + "\n")
+        # Under its name it is there whole or not at all: shards may be waiting for it.
+        os.link(draft, file)
+    finally:
+        draft.unlink()
     return secret.encode()
 
 

@@ -77,7 +77,9 @@ class ShardedModel:
         value = shapes.parameter(self.model, path)
         if isinstance(value, DTensor):
             sharded: DTensor = value
-            return _together(lambda: sharded.detach().full_tensor())  # type: ignore[attr-defined]
+            # Redistributing a DTensor fails inside of inference mode.
+            with torch.inference_mode(False), torch.no_grad():
+                return _together(lambda: sharded.full_tensor())
         return value.detach()
 
     def _holds_shards(self, module: torch.nn.Module) -> bool:

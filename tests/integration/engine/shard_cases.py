@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from ndif_actor.engine.engine import Engine
-from ndif_client.wire.graph import HookPoint
 from tests.integration.engine.experiments import EIFFEL, EXPERIMENTS, SHORT
 from tests.oracle import Oracle
 from tests.requests import (
@@ -99,41 +98,43 @@ def parameters(shard: Shard, family: str) -> None:
 
 
 def module_calls(shard: Shard, family: str) -> None:
-    """Call every module that a graph may call, on a whole value of the width it takes."""
-    table = shard.engine(family).blueprint.table
+    """Call the modules of a block on whole values, in batches and one by one, by position and name."""
     recorder = Recorder()
-    for point in table.sites:
-        path, mlp = point.path, ".mlp" if family == "qwen3_moe" else None
-        called = path.startswith("model.layers.1.self_attn.") or path.startswith(
-            ("model.layers.1.mlp", "model.norm", "lm_head")
-        )
-        if point.port == "input" and called and not (mlp and f"{mlp}." in path):
+    for point in shard.engine(family).blueprint.table.sites:
+        if point.port == "input" and _is_callable(point.path):
             value = recorder.apply("cos", recorder.read(point))
-            recorder.save(recorder.call(path, value))
-            recorder.save(recorder.call(path, recorder.apply("getitem", value, (0, 0))))
+            recorder.save(recorder.call(point.path, value))
+            recorder.save(recorder.call(point.path, recorder.apply("getitem", value, (0, 0))))
     hidden = recorder.read("model.layers.1.output")
-    name = "hidden_states" if family == "qwen3_moe" else "x"
+    name = "hidden_states" if family == "phi3" else "x"
     recorder.save(recorder.call("model.layers.1.mlp", **{name: hidden}))
     recorder.save(recorder.call("lm_head", **{"input": hidden}))
     ids = recorder.apply("argmax", recorder.read("output[logits]"), -1)
     recorder.save(recorder.call("model.embed_tokens", ids))
+    recorder.save(recorder.call("model.embed_tokens", **{"input": ids}))
     shard.check(family, [Request(recorder, [[EIFFEL]])])
+
+
+def _is_callable(path: str) -> bool:
+    return path.startswith(
+        ("model.layers.1.self_attn.", "model.layers.1.mlp", "model.norm", "lm_head")
+    )
 
 
 def failures(shard: Shard, family: str) -> None:
     """A group fails amid sharded reads, calls and parameters; its neighbours don't notice."""
-    reached = recorder = Recorder()
+    recorder = Recorder()
     inner = recorder.read("model.layers.0.self_attn.q_proj.output")
     far = recorder.apply("add", recorder.apply("argmax", inner, -1), 1000)
     broken = recorder.apply("index_select", inner, 1, recorder.apply("getitem", far, 0))
     recorder.write("model.layers.1.self_attn.q_proj.output", broken)
-    outer = recorder.read("model.layers.1.self_attn.v_proj.output")
-    recorder.save(recorder.apply("matmul", outer, recorder.parameter("lm_head.weight")))
+    outer = recorder.read("model.layers.1.self_attn.q_proj.output")
+    recorder.save(recorder.apply("linear", outer, recorder.parameter("lm_head.weight")))
     recorder.save(recorder.call("model.layers.1.mlp", recorder.read("model.layers.1.output")))
     embedded = recorder.call("model.embed_tokens", far)
-    recorder.save(recorder.call("model.layers.2.mlp.down_proj", embedded))
+    recorder.save(recorder.call("model.layers.2.mlp.gate_proj", embedded))
     neighbour = EXPERIMENTS[0](LLAMA)
-    requests = [neighbour, Request(reached, [[EIFFEL]]), neighbour]
+    requests = [neighbour, Request(recorder, [[EIFFEL]]), neighbour]
 
     for _ in range(2):
         results, buffers = run(shard.engine(family), requests)
@@ -233,5 +234,3 @@ CASES: dict[str, Callable[[Shard, str], Any]] = {
         smollm2,
     )
 }
-
-_ = HookPoint

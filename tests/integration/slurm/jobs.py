@@ -54,7 +54,7 @@ class ServerJob:
         }
         return cls(cluster, cluster.submit(SCRIPTS / script, *flags, environment=environment))
 
-    def wait_for_url(self, timeout_s: float = 60.0) -> str:
+    def wait_for_url(self, timeout_s: float = 90.0) -> str:
         """Wait until the server is ready; return its URL."""
 
         def appeared() -> bool:
@@ -95,7 +95,7 @@ class ServerJob:
                 found[node] = pid
         return found
 
-    def wait_until_ready(self, url: str, timeout_s: float = 60.0) -> None:
+    def wait_until_ready(self, url: str, timeout_s: float = 90.0) -> None:
         """Wait until the server says that it can run requests."""
         self._wait("readiness", timeout_s, lambda: _is_ready(url))
 

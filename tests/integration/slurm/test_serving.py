@@ -19,7 +19,7 @@ async def test_one_node_serves_and_drains_at_the_time_limit(submit: Submit, llam
 
     load = Load()
     tracing = asyncio.create_task(load.go_on(url))
-    await asyncio.wait_for(load.served.wait(), 10)
+    await asyncio.wait_for(load.served.wait(), 30)
     job.reach_time_limit()
     await _check_clean_end(job)
     done, _ = await asyncio.wait((tracing,), timeout=1)
