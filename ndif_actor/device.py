@@ -151,7 +151,8 @@ def prepare_environment(
     Raises:
         LaunchError: fewer GPUs are visible than shards run here.
     """
-    environment.update(kernel_environment(load.dtype))
+    for name, value in kernel_environment(load.dtype).items():
+        environment.setdefault(name, value)
     environment["RANK"] = str(place.rank)
     environment["WORLD_SIZE"] = str(place.world_size)
     environment["LOCAL_RANK"] = str(place.local_rank)

@@ -222,7 +222,7 @@ def _attention(config: PreTrainedConfig) -> str | None:
 
 
 def _embedding_plan(config: PreTrainedConfig) -> dict[str, str]:
-    """Replicate the input embedding and, as one tensor can't lie in two ways, what is tied to it."""
+    """Replicate the input embedding and what is tied to it: one tensor can't lie in two ways."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     weight = model.get_input_embeddings().weight

@@ -16,6 +16,9 @@ from ndif_actor.engine.hookpoints import Moment, Site
 from ndif_actor.errors import ModelError
 from ndif_client.wire.graph import HookPoint
 
+#: torch 2.13 has renamed it.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 
 class Sharded(msgspec.Struct, frozen=True):
     """A tensor whose `axis` is divided among the ranks.
@@ -48,7 +51,7 @@ class ShardGroup:
         if mine.shape[0] < largest:
             mine = torch.cat([mine, mine.new_zeros(largest - mine.shape[0], *mine.shape[1:])])
         gathered = mine.new_empty(self.world_size, *mine.shape)
-        dist.all_gather_into_tensor(gathered.view(-1, *mine.shape[1:]), mine, group=self._group)
+        _all_gather(gathered.view(-1, *mine.shape[1:]), mine, group=self._group)
         slices = [gathered[rank, :size] for rank, size in enumerate(layout.sizes)]
         return _interleave(slices, layout.parts).movedim(0, axis)
 
@@ -68,7 +71,7 @@ class ShardGroup:
         device = _collective_device()
         mine = torch.tensor(sizes, dtype=torch.int64, device=device)
         gathered = torch.empty(self.world_size * len(sizes), dtype=torch.int64, device=device)
-        dist.all_gather_into_tensor(gathered, mine, group=self._group)
+        _all_gather(gathered, mine, group=self._group)
         return [list(map(int, row)) for row in gathered.view(self.world_size, -1).tolist()]
 
 

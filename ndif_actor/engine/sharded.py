@@ -79,7 +79,7 @@ class ShardedModel:
             sharded: DTensor = value
             # Redistributing a DTensor fails inside of inference mode.
             with torch.inference_mode(False), torch.no_grad():
-                return _together(lambda: sharded.full_tensor())
+                return _together(sharded.full_tensor)
         return value.detach()
 
     def _holds_shards(self, module: torch.nn.Module) -> bool:

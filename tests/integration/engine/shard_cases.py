@@ -98,7 +98,7 @@ def parameters(shard: Shard, family: str) -> None:
 
 
 def module_calls(shard: Shard, family: str) -> None:
-    """Call the modules of a block on whole values, in batches and one by one, by position and name."""
+    """Call the modules of a block on whole values, batched or not, by position and by name."""
     recorder = Recorder()
     for point in shard.engine(family).blueprint.table.sites:
         if point.port == "input" and _is_callable(point.path):
@@ -111,7 +111,6 @@ def module_calls(shard: Shard, family: str) -> None:
     recorder.save(recorder.call("lm_head", **{"input": hidden}))
     ids = recorder.apply("argmax", recorder.read("output[logits]"), -1)
     recorder.save(recorder.call("model.embed_tokens", ids))
-    recorder.save(recorder.call("model.embed_tokens", **{"input": ids}))
     shard.check(family, [Request(recorder, [[EIFFEL]])])
 
 
