@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from ndif_actor.engine import checkpoint
+from ndif_actor.engine.cpu import kernel_environment
 from ndif_actor.engine.engine import Engine
 from tests.models import make_model
 from tests.oracle import Oracle
@@ -20,6 +22,8 @@ MakeModel = Callable[..., Path]
 LoadEngine = Callable[..., Engine]
 LoadOracle = Callable[..., Oracle]
 
+# As in a shard: without it, the bits of a matrix product depend on where its operands lie.
+os.environ.update(kernel_environment("float32"))
 # The models are so small that a second thread costs more than it computes.
 torch.set_num_threads(1)
 

@@ -92,6 +92,8 @@ class LocalServer:
             except TimeoutError:
                 _signal_group(process.pid, sign)
         await process.wait()
+        # Its shards hold the same pipes: they end when the last of them has.
+        await asyncio.wait(self._readers, timeout=_STOP_S[0])
         for reader in self._readers:
             reader.cancel()
         await asyncio.gather(*self._readers, return_exceptions=True)

@@ -54,6 +54,15 @@ def complete_names(recorder: Recorder, frame: FrameType | None) -> None:
     recorder.names = dict(by_first_save)
 
 
+def unsaved_variables(recorder: Recorder, frame: FrameType | None) -> list[str]:
+    """Return the variables of `frame` that hold values of this trace that are not saved."""
+    return [
+        name
+        for name, value in (frame.f_locals.items() if frame is not None else ())
+        if isinstance(value, Proxy) and value._recorder is recorder and value._saved is None
+    ]
+
+
 def _held(recorder: Recorder, variables: Mapping[str, Any]) -> Iterable[tuple[str, Layout]]:
     """Yield the variables that hold saved values of this trace, or lists or dicts of them."""
     for name, value in list(variables.items()):

@@ -214,6 +214,9 @@ def _install(name: str, method: Method, op: Op | None = None) -> None:
 
 
 def _install_all() -> None:
+    # First of all, because numbers on the left of these need torch's own detours.
+    _install("__rtruediv__", _divided)
+    _install("__rsub__", _binary("rsub"))
     for name, op in _BINARY.items():
         _install(f"__{name}__", _binary(op))
         _install(f"__r{name}__", (_binary if op in _COMMUTATIVE else _reverse)(op))
@@ -247,8 +250,5 @@ def _torch_function(
     return torch_function(function, args, kwargs or {})
 
 
-# Numbers on the left of these need torch's own detours.
-Proxy.__rtruediv__ = _divided  # type: ignore[attr-defined]
-Proxy.__rsub__ = _binary("rsub")  # type: ignore[attr-defined]
 Proxy.__torch_function__ = classmethod(_torch_function)  # type: ignore[attr-defined]
 _install_all()

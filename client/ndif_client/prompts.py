@@ -25,6 +25,20 @@ def as_invoke(prompt: Prompt) -> Invoke:
     return Invoke(prompts)
 
 
+def as_ids(ids: Any) -> list[int]:
+    """Return token ids as a list: of one id, a list of them, or an array or tensor.
+
+    Raises:
+        GraphError: these are no token ids, or several rows of them.
+    """
+    if _is_id(ids):
+        return _ids([ids])
+    items = _items(ids)
+    if len(items) == 1 and not _is_id(items[0]):
+        items = _items(items[0])
+    return _ids(items)
+
+
 def _several(prompt: Prompt) -> list[str | list[int]]:
     if isinstance(prompt, str):
         return [prompt]

@@ -19,6 +19,7 @@ from ndif_client.arguments import (
     recorder_of,
 )
 from ndif_client.errors import NoValueError, UnknownNameError, ValueUnknownError, graph_error
+from ndif_client.method_types import MethodTypes
 from ndif_client.recorder import Recorder
 from ndif_client.values import VIEW_OPS, Delegate, Hooked, Origin, Value, View, change, node_of
 from ndif_client.wire.catalogue import ALIASES, CATALOGUE, Op
@@ -55,7 +56,7 @@ _UNKNOWN = {
 }
 
 
-class Proxy(Value):
+class Proxy(Value, MethodTypes):
     """A value of the model, or computed from one, that exists on the server when the trace runs."""
 
     __slots__ = ("_saved",)
@@ -197,10 +198,6 @@ class Proxy(Value):
             if self._fields and name in self._fields:
                 return self._item(self._fields.index(name))
             raise _no_attribute(self, name)
-
-    else:
-
-        def __getattr__(self, name: str) -> Any: ...
 
     def __hash__(self) -> int:
         return id(self)

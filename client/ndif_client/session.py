@@ -12,7 +12,7 @@ from ndif_client.envoy import Envoy
 from ndif_client.errors import NdifError, ProtocolError
 from ndif_client.local import LocalServer
 from ndif_client.progress import OnProgress, Progress, ProgressDisplay
-from ndif_client.prompts import Prompt, as_invoke
+from ndif_client.prompts import Prompt, as_ids
 from ndif_client.submission import Submitter
 from ndif_client.trace import Trace, TraceFunction
 from ndif_client.transport import Transport, quoted
@@ -83,10 +83,8 @@ class Session:
 
     async def decode(self, ids: Any) -> str:
         """Return the text of token ids: a number, a list of them, or an array or tensor."""
-        listed = [ids] if isinstance(ids, int) else as_invoke(ids).prompts[0]
-        assert isinstance(listed, list)
         path = f"/v1/models/{quoted(self.tree.id)}/detokenize"
-        reply = await self._transport.post(path, DetokenizeRequest(listed), TokenizeReply)
+        reply = await self._transport.post(path, DetokenizeRequest(as_ids(ids)), TokenizeReply)
         return reply.text
 
     @property

@@ -160,6 +160,7 @@ class Submitter:
             async with self._transport.frames("POST", "/v1/traces", frame) as stream:
                 while _open(batch):
                     _hand_out(await stream.read(), by_id)
+                await stream.finish()
         except BrokenStreamError:
             return False
         except NdifError as error:
@@ -196,6 +197,7 @@ class Submitter:
         path = f"/v1/traces/{quoted(pending.id)}"
         async with self._transport.frames("GET", path) as stream:
             _hand_out(await stream.read(), {pending.id: pending})
+            await stream.finish()
 
     def _resend(self, pending: Pending) -> None:
         """Send a request again that never arrived; its id keeps it from running twice."""

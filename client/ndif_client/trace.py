@@ -12,11 +12,11 @@ import uuid
 import warnings
 from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, ExitStack
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any
 
 from ndif_client.errors import ClosedTraceError, NoValueError, TraceCancelledError, graph_error
-from ndif_client.naming import complete_names, save_structure
+from ndif_client.naming import complete_names, save_structure, unsaved_variables
 from ndif_client.progress import OnProgress, Progress
 from ndif_client.prompts import Prompt, as_invoke
 from ndif_client.recorder import Recorder
@@ -160,8 +160,9 @@ class Trace:
             self._recorder.failure = error
             return
         try:
-            complete_names(self._recorder, user_frame())
-            self._check()
+            frame = user_frame()
+            complete_names(self._recorder, frame)
+            self._check(frame)
         except BaseException as refusal:
             self._recorder.failure = refusal
             raise
@@ -187,16 +188,18 @@ class Trace:
         for name, layout in names:
             self._recorder.name(str(name), layout)
 
-    def _check(self) -> None:
+    def _check(self, frame: FrameType | None) -> None:
         recorder = self._recorder
         if not recorder.invokes:
             raise graph_error(
                 "this trace has no prompt: session.trace(prompt), or trace.invoke(prompt) inside"
             )
         if not recorder.names and not recorder.has_writes:
+            held = " or ".join(map(repr, unsaved_variables(recorder, frame)))
             raise graph_error(
-                "this trace saves nothing, so it would compute for nobody: call .save() on a "
-                "value, give it to an attribute of the trace, or return it from the function"
+                "this trace saves nothing, so it would compute for nobody: call .save() on "
+                f"{held or 'a value'}, give it to an attribute of the trace, or return it from "
+                "the function"
             )
 
     # ------------------------------------------------------------ running
@@ -246,6 +249,8 @@ class Trace:
             raise
         finally:
             self._waiters -= 1
+            if pending.reply.done():
+                self._recorder.buffers.clear()  # the constants have been sent
         if recorder.result is None:
             recorder.result = Result(done, buffers, recorder.names, self._session._tensors)
             self._tell(Progress(self._id, "done", elapsed_s=self._elapsed_s()))

@@ -112,10 +112,10 @@ class Transport:
 
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=self.timeout, sock_read=_SILENCE_S)
         headers = {"Content-Type": _FRAMES}
-        data = None
+        data: Buffer | AsyncIterator[Buffer] | None = None
         if body is not None:
             headers["Content-Length"] = str(frame_bytes(body))
-            data = _written(body)
+            data = body[0] if len(body) == 1 else _written(body)
         try:
             async with self._session.request(
                 method, self.url + path, data=data, headers=headers, timeout=timeout
@@ -184,6 +184,11 @@ class FrameStream:
             return await read_frame(self, FrameLimits())
         except FrameError as error:
             raise ProtocolError(str(error)) from error
+
+    async def finish(self) -> None:
+        """Read the end of the reply, so that its connection can be used again."""
+        while await self._content.readany():
+            pass
 
     async def read_into(self, target: memoryview) -> None:
         """Fill `target` from the body, or raise `EOFError`."""

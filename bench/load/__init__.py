@@ -1,0 +1,1 @@
+"""Figures of a running server: client, coordinator, shard and wire together."""

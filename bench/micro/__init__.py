@@ -1,0 +1,1 @@
+"""Figures of single parts, without a server."""

@@ -1,0 +1,300 @@
+"""A graph in the order of the forward: what runs when, what dies when, what can never run."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ndif_actor.engine.hookpoints import HookTable, Moment, Site
+from ndif_actor.engine.program import BEFORE_FORWARD, Program, compile_graph
+from ndif_actor.errors import RequestError
+from ndif_client.wire.graph import (
+    Apply,
+    CallModule,
+    Constant,
+    Graph,
+    HookPoint,
+    Node,
+    Parameter,
+    ReadHook,
+    Ref,
+    Save,
+    Source,
+    WriteHook,
+    references,
+)
+from ndif_client.wire.messages import Fault
+from ndif_client.wire.tensors import TensorSpec
+
+#: Layers "0" to "4" fire in order; the output of layer n at moment n.
+LAYERS = 5
+
+
+def site(path: str, order: int, dtype: torch.dtype = torch.float32) -> Site:
+    return Site(
+        point=HookPoint(path, "output"),
+        order=order,
+        shape=("batch", "sequence", 4),
+        dtype=dtype,
+        batch_axis=0,
+        token_axis=1,
+        packed_shape=(1, "T", 4),
+    )
+
+
+def table() -> HookTable:
+    sites = [site(str(n), n) for n in range(LAYERS)] + [site("ids", LAYERS, torch.int64)]
+    return HookTable(
+        sites={s.point: s for s in sites},
+        moments={Moment(s.point.path, "output", 0): s.order for s in sites},
+        attention=frozenset(["block.attention"]),
+        unpackable=None,
+    )
+
+
+def at(layer: int | str) -> HookPoint:
+    return HookPoint(str(layer), "output")
+
+
+def compiled(nodes: list[Node], num_invokes: int = 1) -> Program:
+    lines = range(len(nodes))
+    graph = Graph(nodes, [Source("user.py", n + 1) for n in lines], list(lines))
+    return compile_graph(graph, table(), num_invokes)
+
+
+def refused(nodes: list[Node]) -> Fault:
+    with pytest.raises(RequestError) as caught:
+        compiled(nodes)
+    fault = caught.value.fault
+    assert fault.kind == "graph"
+    assert fault.node is not None and fault.source == Source("user.py", fault.node + 1)
+    return fault
+
+
+# ---------------------------------------------------------------- order
+
+
+def test_a_node_runs_at_the_latest_hook_point_it_depends_on() -> None:
+    program = compiled(
+        [
+            ReadHook(at(3)),  # 0
+            ReadHook(at(1)),  # 1
+            Apply("neg", [Ref(1)]),  # 2
+            Apply("add", [Ref(0), Ref(2)]),  # 3
+            Save(Ref(3)),  # 4
+            Save(Ref(2)),  # 5
+        ]
+    )
+
+    assert program.steps == {1: [1, 2, 5], 3: [0, 3, 4]}
+    assert program.last == 3
+
+
+def test_at_one_hook_point_nodes_run_in_the_order_they_were_written() -> None:
+    program = compiled(
+        [ReadHook(at(2)), WriteHook(at(2), 0.0), ReadHook(at(2)), WriteHook(at(2), Ref(0))]
+    )
+
+    assert program.steps == {2: [0, 1, 2, 3]}
+
+
+def test_what_needs_nothing_from_the_forward_runs_where_it_is_first_used() -> None:
+    constant = Constant(TensorSpec("float32", (4,), 0))
+    program = compiled(
+        [
+            constant,  # 0: used at layer 2 only
+            Parameter("weight"),  # 1: saved, so before the forward
+            Apply("neg", [Ref(0)]),  # 2
+            Apply("neg", [Ref(1)]),  # 3
+            Save(Ref(3)),  # 4
+            ReadHook(at(4)),  # 5
+            ReadHook(at(2)),  # 6
+            Apply("add", [Ref(5), Ref(2)]),  # 7
+            Apply("add", [Ref(6), Ref(2)]),  # 8
+        ]
+    )
+
+    assert program.steps == {BEFORE_FORWARD: [1, 3, 4], 2: [0, 2, 6, 8], 4: [5, 7]}
+
+
+def test_a_program_is_woken_only_where_it_reads_or_writes() -> None:
+    program = compiled([ReadHook(at(1)), Apply("neg", [Ref(0)]), WriteHook(at(3), Ref(1))])
+
+    assert program.moments() == {Moment("1", "output", 0), Moment("3", "output", 0)}
+
+
+def test_a_program_without_hook_points_needs_no_forward() -> None:
+    assert compiled([Parameter("weight"), Save(Ref(0))]).last == BEFORE_FORWARD
+    assert compiled([]).last == BEFORE_FORWARD
+
+
+# ---------------------------------------------------------------- lifetimes
+
+
+def test_a_value_dies_at_its_last_use_in_the_order_of_the_forward() -> None:
+    program = compiled(
+        [
+            ReadHook(at(0)),  # 0
+            ReadHook(at(3)),  # 1
+            Apply("add", [Ref(0), Ref(1)]),  # 2: runs last, though written first
+            ReadHook(at(1)),  # 3
+            Apply("add", [Ref(0), Ref(3)]),  # 4
+        ]
+    )
+
+    assert program.dies == [[], [], [0, 1], [], [3]]
+    assert program.outlives == {0}
+
+
+@st.composite
+def graphs(draw: st.DrawFn) -> list[Node]:
+    """Graphs whose references are in order; their writes may still come too late."""
+    nodes: list[Node] = []
+    values: list[int] = []
+    for number in range(draw(st.integers(1, 12))):
+        kinds = ["read", "constant"] + ["apply", "write", "save"] * bool(values)
+        kind = draw(st.sampled_from(kinds))
+        layer = at(draw(st.integers(0, LAYERS - 1)))
+        used = [Ref(draw(st.sampled_from(values))) for _ in range(2)] if values else []
+        match kind:
+            case "read":
+                nodes.append(ReadHook(layer))
+            case "constant":
+                nodes.append(Parameter("weight"))
+            case "apply":
+                nodes.append(Apply("add", list(used)))
+            case "write":
+                nodes.append(WriteHook(layer, used[0]))
+            case "save":
+                nodes.append(Save(used[0]))
+        if kind in ("read", "constant", "apply"):
+            values.append(number)
+    return nodes
+
+
+@given(nodes=graphs())
+@settings(max_examples=200, deadline=None)
+def test_every_value_is_there_when_it_is_used_and_gone_after_its_last_use(
+    nodes: list[Node],
+) -> None:
+    try:
+        program = compiled(nodes)
+    except RequestError as error:
+        assert "reaches only afterwards" in error.fault.message
+        assert error.fault.other_source is not None
+        return
+
+    ran = [number for order in sorted(program.steps) for number in program.steps[order]]
+    assert sorted(ran) == list(range(len(nodes)))
+    alive: set[int] = set()
+    for number in ran:
+        used = set(references(nodes[number]))
+        assert used <= alive
+        alive -= set(program.dies[number])
+        alive.add(number)
+    unused = set(range(len(nodes))) - {used for node in nodes for used in references(node)}
+    assert alive == unused
+
+
+@given(nodes=graphs())
+@settings(max_examples=200, deadline=None)
+def test_reads_and_writes_happen_at_their_own_moment_and_nothing_before_it_can(
+    nodes: list[Node],
+) -> None:
+    try:
+        program = compiled(nodes)
+    except RequestError:
+        return
+
+    order = {number: o for o, numbers in program.steps.items() for number in numbers}
+    for number, node in enumerate(nodes):
+        if isinstance(node, ReadHook | WriteHook):
+            assert order[number] == int(node.hook.path)
+        for used in references(node):
+            assert order[used] <= order[number]
+            if order[used] < order[number]:
+                assert used in program.outlives
+    for numbers in program.steps.values():
+        assert numbers == sorted(numbers)
+
+
+# ---------------------------------------------------------------- refused
+
+
+def test_a_write_that_needs_a_later_hook_point_names_both_lines() -> None:
+    fault = refused([ReadHook(at(3)), Apply("neg", [Ref(0)]), WriteHook(at(1), Ref(1))])
+
+    assert fault.message == (
+        "1.output is written with a value that needs 3.output, which the model reaches only "
+        "afterwards"
+    )
+    assert (fault.node, fault.hook) == (2, "1.output")
+    assert fault.other_source == Source("user.py", 1)
+
+
+def test_the_read_that_makes_a_value_late_is_named_among_several() -> None:
+    nodes: list[Node] = [ReadHook(at(0)), ReadHook(at(4)), ReadHook(at(2))]
+    nodes += [Apply("cat", [Ref(2), Ref(1), Ref(0)]), WriteHook(at(3), Ref(3))]
+
+    assert refused(nodes).other_source == Source("user.py", 2)
+
+
+def test_a_reference_to_a_later_node_is_refused() -> None:
+    assert (
+        "node 0 refers to node 1, a later one"
+        in refused([Apply("neg", [Ref(1)]), ReadHook(at(0))]).message
+    )
+    assert "node 0 refers to node 0" in refused([Apply("neg", [Ref(0)])]).message
+
+
+def test_a_reference_to_a_write_or_save_is_refused() -> None:
+    nodes: list[Node] = [ReadHook(at(0)), Save(Ref(0)), Apply("neg", [Ref(1)])]
+
+    assert "node 1 is a write or save, not a value" in refused(nodes).message
+
+
+def test_an_invoke_that_does_not_exist_is_refused() -> None:
+    assert "invoke 1 does not exist; there are 1" in refused([ReadHook(at(0), invoke=1)]).message
+
+
+@pytest.mark.parametrize(
+    ("hook", "message"),
+    [
+        (HookPoint("11", "output"), "no module '11' is called in a forward; did you mean '1'?"),
+        (HookPoint("3", "output", "", 2), "the module is called 1 time(s) in a forward"),
+        (HookPoint("3", "output", "0"), "no such tensor; its output offers the leaves ''"),
+        (HookPoint("3", "input", "args.0"), "no such tensor; its input offers the leaves none"),
+    ],
+)
+def test_an_unknown_hook_point_is_refused_with_what_there_is(hook: HookPoint, message: str) -> None:
+    fault = refused([ReadHook(hook)])
+
+    assert message in fault.message
+    assert fault.hook == str(hook)
+
+
+def test_a_write_to_integers_is_refused_with_what_to_do_instead() -> None:
+    message = refused([WriteHook(at("ids"), 1)]).message
+
+    assert "holds integers and is read-only" in message
+    assert "write the output of its embedding" in message
+
+
+@pytest.mark.parametrize("path", ["block.attention", "block", ""])
+def test_a_module_that_attends_can_not_be_called(path: str) -> None:
+    message = refused([ReadHook(at(0)), CallModule(path, [Ref(0)])]).message
+
+    assert f"{path or 'the model'!r} attends, so it can't be called on a value" in message
+
+
+def test_what_lies_inside_of_a_module_that_attends_can_be_called() -> None:
+    compiled([ReadHook(at(0)), CallModule("block.attention.q_proj", [Ref(0)])])
+
+
+def test_a_graph_without_recorded_lines_is_refused_just_as_well() -> None:
+    with pytest.raises(RequestError) as caught:
+        compile_graph(Graph([Save(Ref(3))]), table(), 1)
+
+    assert caught.value.fault.source is None
