@@ -26,6 +26,9 @@ _TAIL_LINES = 40
 #: Seconds the server may take to end by itself, then by SIGTERM.
 _STOP_S = (10.0, 5.0)
 
+#: Bytes read from the log at once, and kept of one line.
+_CHUNK_BYTES = 64 << 10
+
 #: Seconds to wait for its last words.
 _EXPLAIN_S = 2.0
 
@@ -126,8 +129,14 @@ class LocalServer:
             self._ready.set_exception(ServerStartError(message))
 
     async def _read_log(self, stream: asyncio.StreamReader) -> None:
-        while chunk := await stream.readline():
-            self._tail.append(chunk.decode(errors="replace").rstrip())
+        # By chunks, because a line may be of any length, and the pipe must never fill up.
+        rest = b""
+        while chunk := await stream.read(_CHUNK_BYTES):
+            *lines, rest = (rest + chunk).split(b"\n")
+            self._tail.extend(line.decode(errors="replace") for line in lines)
+            rest = rest[-_CHUNK_BYTES:]
+        if rest:
+            self._tail.append(rest.decode(errors="replace"))
 
 
 def _signal_group(pid: int, sign: signal.Signals) -> None:

@@ -280,13 +280,11 @@ def _bytes(value: Any) -> int:
 
 def _flops(node: Node, value: Any, values: Sequence[Any]) -> int:
     """A coarse count: 2mnk for contractions, one operation per element otherwise."""
-    if not isinstance(node, Apply) or not isinstance(value, torch.Tensor):
+    if not isinstance(node, Apply) or CATALOGUE[node.op].cost == "free":
         return 0
-    cost = CATALOGUE[node.op].cost
     args, _ = arguments(node, values.__getitem__)
-    tensors = [a for a in args if isinstance(a, torch.Tensor)]
-    if cost == "free":
-        return 0
-    if cost == "matmul" and tensors:
-        return 2 * value.numel() * tensors[0].shape[-1 if tensors[0].dim() else 0 :].numel()
-    return max([value.numel(), *(t.numel() for t in tensors)])
+    taken = [a for a in args if isinstance(a, torch.Tensor)]
+    made = value if isinstance(value, tuple) else (value,)
+    if CATALOGUE[node.op].cost == "matmul" and taken:
+        return 2 * made[0].numel() * taken[0].shape[-1 if taken[0].dim() else 0 :].numel()
+    return max((tensor.numel() for tensor in (*taken, *made)), default=0)

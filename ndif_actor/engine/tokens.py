@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ class Tokenizer:
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
+        # Each id is decoded once: a vocabulary fits in a few megabytes.
+        self._piece = lru_cache(maxsize=None)(lambda token: str(tokenizer.decode([token])))
 
     @classmethod
     def load(cls, folder: Path) -> Tokenizer:
@@ -44,4 +47,4 @@ class Tokenizer:
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
         """Return the text of each id by itself."""
-        return [self._tokenizer.decode([token]) for token in ids]
+        return [self._piece(token) for token in ids]

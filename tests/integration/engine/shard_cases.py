@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ndif_actor.engine.engine import Engine
+from ndif_actor.engine.layout import Sharded, ShardGroup
 from tests.integration.engine.experiments import EIFFEL, EXPERIMENTS, SHORT
 from tests.oracle import Oracle
 from tests.requests import (
@@ -191,6 +192,19 @@ LAYOUTS: dict[str, dict[str, tuple[int, tuple[int, ...]]]] = {
 }
 
 
+def slices(shard: Shard, family: str) -> None:
+    """Tensors of any width, fused or not, travel whole from slices of unequal sizes."""
+    group = ShardGroup(shard.rank, shard.world_size)
+    for parts in (1, 2):
+        for sizes in ((2, 2, 2), (3, 3, 1), (4, 0, 1), (0, 0, 5)):
+            layout = Sharded(-2, tuple(parts * n for n in sizes), parts)
+            width = sum(layout.sizes)
+            for dtype in (torch.float64, torch.bfloat16, torch.float16):
+                whole = torch.arange(6 * width).view(3, 1, width, 2).to(dtype)
+                assert torch.equal(group.gather(group.slice(whole, layout), layout), whole)
+    assert group.sizes_of([shard.rank, 7]) == [[rank, 7] for rank in range(shard.world_size)]
+
+
 def half_precision(shard: Shard, family: str) -> None:
     recorder = Recorder()
     value = recorder.read("model.layers.1.mlp.gate_proj.output")
@@ -229,6 +243,7 @@ CASES: dict[str, Callable[[Shard, str], Any]] = {
         parameters,
         module_calls,
         failures,
+        slices,
         half_precision,
         smollm2,
     )

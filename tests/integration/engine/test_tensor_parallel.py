@@ -30,6 +30,7 @@ THREE = [
     "layouts:qwen3_6",
     *(f"{case}:{family}" for family in ("llama6", "qwen3_6") for case in COMMON),
     "failures:llama6",
+    "slices:llama6",
 ]
 
 
