@@ -87,7 +87,7 @@ class PackedRows:
     def _view(self, tensor: torch.Tensor, site: Site) -> torch.Tensor:
         count, length = len(self.lengths), self.lengths[0]
         rows = tensor.narrow(site.token_axis, self.starts[0], count * length)
-        if site.batch_axis is None:
+        if site.batch_axis is None or count == 1:
             return rows
         tokens = site.token_axis - 1
         split = rows.squeeze(site.batch_axis).unflatten(tokens, (count, length))

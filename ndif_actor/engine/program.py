@@ -59,13 +59,14 @@ def compile_graph(graph: Graph, table: HookTable, num_invokes: int) -> Program:
         RequestError: the graph can never run: a reference to a later node, an unknown hook point,
             a module that can't be called, or a write of a value that does not exist yet.
     """
-    _check_shape(graph, num_invokes)
+    uses = [references(node) for node in graph.nodes]
+    _check_shape(graph, uses, num_invokes)
     sites = _find_sites(graph, table)
-    orders = _orders(graph, sites)
+    orders = _orders(graph, uses, sites)
     steps: dict[int, list[int]] = {}
     for number, order in enumerate(orders):
         steps.setdefault(order, []).append(number)
-    dies, outlives = _lifetimes(graph.nodes, orders, steps)
+    dies, outlives = _lifetimes(uses, orders, steps)
     return Program(
         graph=graph,
         steps=steps,
@@ -91,10 +92,10 @@ def graph_fault(graph: Graph, node: int, message: str, other: int | None = None)
     )
 
 
-def _check_shape(graph: Graph, num_invokes: int) -> None:
+def _check_shape(graph: Graph, uses: Sequence[Sequence[int]], num_invokes: int) -> None:
     writes = (WriteHook, Save)
     for number, node in enumerate(graph.nodes):
-        for used in references(node):
+        for used in uses[number]:
             if used >= number:
                 raise graph_fault(
                     graph, number, f"node {number} refers to node {used}, a later one"
@@ -140,13 +141,15 @@ def _check_callable(graph: Graph, number: int, node: CallModule, table: HookTabl
         )
 
 
-def _orders(graph: Graph, sites: dict[HookPoint, Site]) -> list[int]:
+def _orders(
+    graph: Graph, uses: Sequence[Sequence[int]], sites: dict[HookPoint, Site]
+) -> list[int]:
     """Return for each node the order of the moment it runs at."""
     nodes = graph.nodes
     orders: list[int] = []
     latest: list[int | None] = []
     for number, node in enumerate(nodes):
-        used = references(node)
+        used = uses[number]
         # The read that makes a value late is remembered, to be named when it is too late.
         late = max(used, key=lambda n: orders[n], default=None)
         order = orders[late] if late is not None else BEFORE_FORWARD
@@ -160,7 +163,7 @@ def _orders(graph: Graph, sites: dict[HookPoint, Site]) -> list[int]:
             order = target
         orders.append(order)
         latest.append(culprit)
-    return _postponed(nodes, orders)
+    return _postponed(nodes, uses, orders)
 
 
 def _refuse_late(graph: Graph, number: int, node: WriteHook, culprit: int | None) -> None:
@@ -175,30 +178,32 @@ def _refuse_late(graph: Graph, number: int, node: WriteHook, culprit: int | None
     )
 
 
-def _postponed(nodes: Sequence[Node], orders: list[int]) -> list[int]:
+def _postponed(
+    nodes: Sequence[Node], uses: Sequence[Sequence[int]], orders: list[int]
+) -> list[int]:
     """Move nodes that need nothing from the forward to where they are first used."""
     first_use: dict[int, int] = {}
     for number in range(len(nodes) - 1, -1, -1):
         if orders[number] == BEFORE_FORWARD and not isinstance(nodes[number], Save):
             orders[number] = first_use.get(number, BEFORE_FORWARD)
-        for used in references(nodes[number]):
+        for used in uses[number]:
             first_use[used] = min(first_use.get(used, orders[number]), orders[number])
     return orders
 
 
 def _lifetimes(
-    nodes: Sequence[Node], orders: list[int], steps: dict[int, list[int]]
+    uses: Sequence[Sequence[int]], orders: list[int], steps: dict[int, list[int]]
 ) -> tuple[list[list[int]], frozenset[int]]:
     """Return what dies at each node, and which values outlive the moment that makes them."""
     last_use: dict[int, int] = {}
     outlives = set()
     for order in sorted(steps):
         for number in steps[order]:
-            for used in references(nodes[number]):
+            for used in uses[number]:
                 last_use[used] = number
                 if orders[used] != order:
                     outlives.add(used)
-    dies: list[list[int]] = [[] for _ in nodes]
+    dies: list[list[int]] = [[] for _ in uses]
     for used, number in last_use.items():
         dies[number].append(used)
     return dies, frozenset(outlives)
