@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import msgspec
@@ -51,6 +51,7 @@ def attending(segments: Sequence[Segments] | None) -> Iterator[AttentionRecord]:
         yield record
     finally:
         _current.reset(token)
+        _window_mask.cache_clear()  # one pass needs the same few in every layer, the next others
 
 
 def ragged_attention(
@@ -170,7 +171,7 @@ def _softcapped(
     return weights @ value
 
 
-@lru_cache(maxsize=64)
+@cache
 def _window_mask(length: int, window: int, causal: bool, device: torch.device) -> torch.Tensor:
     """True where query i may see key j: the last `window` positions, its own included."""
     distance = torch.arange(length, device=device)[:, None] - torch.arange(length, device=device)

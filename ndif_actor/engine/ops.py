@@ -213,6 +213,15 @@ def _repeat(input: torch.Tensor, repeats: Any) -> torch.Tensor:
     return input.repeat(repeats)
 
 
+def _div(input: torch.Tensor, other: Any, rounding_mode: str | None = None) -> torch.Tensor:
+    if rounding_mode == "trunc" and not torch.result_type(input, other).is_floating_point:
+        # The smallest integer divided by -1 overflows, which ends the process.
+        minus_one = torch.as_tensor(other) == -1
+        divisor = torch.where(minus_one, 1, other)
+        return torch.where(minus_one, -input, torch.div(input, divisor, rounding_mode="trunc"))
+    return torch.div(input, other, rounding_mode=rounding_mode)
+
+
 def _sort(
     input: torch.Tensor, dim: int = -1, descending: bool = False, stable: bool = False
 ) -> Any:
@@ -236,6 +245,7 @@ _SPECIAL: dict[str, Callable[..., Any]] = {
     "view": _view,
     "expand": _expand,
     "repeat": _repeat,
+    "div": _div,
     "sort": _sort,
     "argsort": _argsort,
     "einsum": _einsum,

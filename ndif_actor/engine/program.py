@@ -141,9 +141,7 @@ def _check_callable(graph: Graph, number: int, node: CallModule, table: HookTabl
         )
 
 
-def _orders(
-    graph: Graph, uses: Sequence[Sequence[int]], sites: dict[HookPoint, Site]
-) -> list[int]:
+def _orders(graph: Graph, uses: Sequence[Sequence[int]], sites: dict[HookPoint, Site]) -> list[int]:
     """Return for each node the order of the moment it runs at."""
     nodes = graph.nodes
     orders: list[int] = []

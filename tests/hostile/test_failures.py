@@ -77,6 +77,16 @@ def test_a_failing_node_fails_its_own_request_and_no_other(
         assert_equal(saved(result, buffers), request.on(load_oracle("llama")), EXACT)
 
 
+def test_ids_are_checked_before_any_embedding_looks_them_up(load_engine: LoadEngine) -> None:
+    # On a device, the lookup itself would break the process of everybody.
+    recorder = Recorder()
+    look_up_an_unknown_token(recorder)
+
+    results, _ = run(load_engine("gemma"), [Request(recorder, [[PROMPT]])])
+
+    assert "is out of range [0, 300)" in failed(results[0])
+
+
 def test_a_request_that_failed_writes_no_more(
     load_engine: LoadEngine, load_oracle: LoadOracle
 ) -> None:

@@ -87,7 +87,7 @@ def _ops() -> list[Op]:
     op("pow", "input exponent", "Each element to the power of `exponent`.")
     op("add", "input other * alpha", "Sum of two values; `alpha` scales the second.")
     op("sub", "input other * alpha", "Difference of two values; `alpha` scales the second.")
-    op("div", "input other * rounding_mode", "Quotient of two values.")
+    op("div", "input other * rounding_mode", "Quotient of two values.", home="special")
     op("rsub", "input other", "`other - input`, for a number on the left.")
     op("addcmul", "input tensor1 tensor2 * value", "`input + value * tensor1 * tensor2`.")
     op("addcdiv", "input tensor1 tensor2 * value", "`input + value * tensor1 / tensor2`.")

@@ -79,6 +79,33 @@ def test_a_saved_value_is_a_snapshot_of_its_moment(load_engine: LoadEngine) -> N
     assert (saved[2] == 7).all()
 
 
+def test_a_value_kept_for_later_does_not_follow_what_the_model_does_to_its_memory(
+    load_engine: LoadEngine,
+) -> None:
+    engine = load_engine("llama")
+    recorder = Recorder()
+    hidden = recorder.read("model.layers.0.output")
+    recorder.save(hidden)
+    row = recorder.apply("getitem", hidden, (slice(None), 1))
+    recorder.write("model.layers.2.output", 0.0)
+    recorder.save(
+        recorder.apply(
+            "add", row, recorder.apply("mul", recorder.read("lm_head.input[args.0]"), 0.0)
+        )
+    )
+    in_place = engine._model.model.model.layers[1].register_forward_pre_hook(
+        lambda module, args: args[0].add_(1)
+    )
+
+    try:
+        (values,) = run_and_save(engine, [Request(recorder, [[[1, 2, 3]]])])
+    finally:
+        in_place.remove()
+
+    kept = list(values.values())
+    assert torch.equal(kept[1], kept[0][:, [1]].expand(1, 3, 48))
+
+
 def test_the_forward_ends_after_the_last_hook_point_that_anybody_needs(
     load_engine: LoadEngine,
 ) -> None:

@@ -31,6 +31,18 @@ def test_a_widened_linear_gives_what_torch_gives_but_for_rounding(
     torch.testing.assert_close(wide.double(), exact, rtol=epsilon / 2 * 1.01, atol=1e-4)
 
 
+def test_a_large_linear_is_widened_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(16, 23, dtype=torch.bfloat16)
+    values = torch.randn(2, 5, 16, dtype=torch.bfloat16)
+    widen_linears(linear)
+    whole = linear(values)
+
+    monkeypatch.setattr("ndif_actor.engine.linear._WIDENED_AT_ONCE", 16 * 5)
+
+    torch.testing.assert_close(linear(values), whole, rtol=0.01, atol=0.01)
+
+
 def test_only_linears_in_half_precision_are_widened() -> None:
     class Own(torch.nn.Linear):
         pass
