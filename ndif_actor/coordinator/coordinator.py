@@ -87,7 +87,7 @@ class Coordinator:
     # ------------------------------------------------------------ life
 
     async def run(self, folder: Path) -> None:
-        """Load the model and serve it, generation after generation, until cancelled.
+        """Load the model and serve it, incarnation after incarnation, until cancelled.
 
         Raises:
             ModelError: the model can't be served as asked.

@@ -1,6 +1,6 @@
 """One replica: brings its shards up, runs passes on them, and starts anew when one is lost.
 
-Where the shards come from is a `ShardSource`; what they are to each other is a `Generation`.
+Where the shards come from is a `ShardSource`; what they are to each other is a `Incarnation`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import structlog
 from ndif_actor.actor.handshake import Address, serve
 from ndif_actor.actor.link import Link, LinkClosed
 from ndif_actor.coordinator.choice import ModelChoice
-from ndif_actor.coordinator.generation import Generation
+from ndif_actor.coordinator.incarnation import Incarnation
 from ndif_actor.coordinator.jobs import PassReport
 from ndif_actor.coordinator.results import Memory
 from ndif_actor.errors import LaunchError, ReplicaLost
@@ -41,10 +41,10 @@ STOP_TIMEOUT_S = 5.0
 
 
 class ShardSource(Protocol):
-    """How the shards of a generation come to be and go."""
+    """How the shards of an incarnation come to be and go."""
 
     async def start(self, address: Address, lost: Callable[[str], None]) -> None:
-        """Begin a generation that joins at `address`; say `lost` when a process of it ends."""
+        """Begin an incarnation that joins at `address`; say `lost` when a process of it ends."""
         ...
 
     def rendezvous(self) -> tuple[str, int]:
@@ -52,11 +52,11 @@ class ShardSource(Protocol):
         ...
 
     async def stop(self) -> None:
-        """End the generation: none of its processes that we started is alive after this."""
+        """End the incarnation: none of its processes that we started is alive after this."""
         ...
 
     async def before_restart(self, reason: str, *, worked: bool) -> None:
-        """Wait as long as is wise; `worked` says whether a generation was ever ready.
+        """Wait as long as is wise; `worked` says whether an incarnation was ever ready.
 
         Raises:
             LaunchError: starting again is of no use.
@@ -74,7 +74,7 @@ class ReplicaTimes(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Replica:
-    """The current generation, and the loop that brings up one after another."""
+    """The current incarnation, and the loop that brings up one after another."""
 
     def __init__(
         self,
@@ -90,9 +90,9 @@ class Replica:
         self._address = address
         self._secret = secret
         self._times = times
-        self._generation: Generation | None = None
+        self._incarnation: Incarnation | None = None
         self._ready = False
-        #: whether any generation was ever ready
+        #: whether any incarnation was ever ready
         self._worked = False
 
     @property
@@ -100,7 +100,7 @@ class Replica:
         """Say "ok" while requests can run, else what is missing."""
         if self._ready:
             return "ok"
-        return "starting" if self._generation is None else self._generation.state
+        return "starting" if self._incarnation is None else self._incarnation.state
 
     async def run(
         self,
@@ -108,12 +108,12 @@ class Replica:
         on_ready: Callable[[list[Loaded]], Awaitable[None]],
         on_lost: Callable[[str], None],
     ) -> None:
-        """Serve generation after generation until cancelled; then stop the shards.
+        """Serve incarnation after incarnation until cancelled; then stop the shards.
 
         Args:
             choice: what the shards load.
             on_ready: called when all of them have loaded it, with their reports.
-            on_lost: called with the reason when a generation that was ready is lost.
+            on_lost: called with the reason when an incarnation that was ready is lost.
 
         Raises:
             LaunchError: the shards don't start, or can't load the model.
@@ -135,9 +135,9 @@ class Replica:
         Raises:
             ReplicaLost: a shard was lost, or did not answer in time.
         """
-        if self._generation is None:
+        if self._incarnation is None:
             raise ReplicaLost("no shard has joined yet")
-        answers = await self._generation.run_pass(message, buffers, self._times.pass_s)
+        answers = await self._incarnation.run_pass(message, buffers, self._times.pass_s)
         results: dict[str, list[GroupResult]] = {}
         forward_s = 0.0
         for answer in answers:
@@ -151,7 +151,7 @@ class Replica:
         memory = Memory(sum(buffer.nbytes for buffer in buffers), answers[0].release)
         return PassReport(results, forward_s, buffers, memory)
 
-    # ------------------------------------------------------------ one generation
+    # ------------------------------------------------------------ one incarnation
 
     async def _live(
         self,
@@ -160,40 +160,40 @@ class Replica:
         on_ready: Callable[[list[Loaded]], Awaitable[None]],
         on_lost: Callable[[str], None],
     ) -> str:
-        """Bring up a generation and wait for its end; return why it ended."""
-        generation = self._generation = Generation(self._world_size)
-        bringing_up = asyncio.create_task(self._bring_up(generation, choice, on_ready))
+        """Bring up an incarnation and wait for its end; return why it ended."""
+        incarnation = self._incarnation = Incarnation(self._world_size)
+        bringing_up = asyncio.create_task(self._bring_up(incarnation, choice, on_ready))
         try:
-            await self._source.start(address, generation.lose)
-            await asyncio.wait((bringing_up, generation.lost), return_when=asyncio.FIRST_COMPLETED)
+            await self._source.start(address, incarnation.lose)
+            await asyncio.wait((bringing_up, incarnation.lost), return_when=asyncio.FIRST_COMPLETED)
             if bringing_up.done():
                 bringing_up.result()
-            reason = await generation.lost
+            reason = await incarnation.lost
             _log.error("replica lost", reason=reason)
             if self._ready:
                 self._ready = False
                 on_lost(reason)
-            if generation.refused_to_load and not self._worked:
+            if incarnation.refused_to_load and not self._worked:
                 raise LaunchError(reason)
             return reason
         except asyncio.CancelledError:
-            await generation.tell_all(Stop(), [])
-            await self._wait_until_gone(generation)
+            await incarnation.tell_all(Stop(), [])
+            await self._wait_until_gone(incarnation)
             raise
         finally:
             self._ready = False
             bringing_up.cancel()
-            await generation.close_links()
+            await incarnation.close_links()
             await self._source.stop()
 
     async def _bring_up(
         self,
-        generation: Generation,
+        incarnation: Incarnation,
         choice: ModelChoice,
         on_ready: Callable[[list[Loaded]], Awaitable[None]],
     ) -> None:
-        if not await _in_time(generation.all_joined, self._times.join_s):
-            generation.lose(f"{generation.state} for {self._times.join_s:.0f} s")
+        if not await _in_time(incarnation.all_joined, self._times.join_s):
+            incarnation.lose(f"{incarnation.state} for {self._times.join_s:.0f} s")
             return
         master_addr, master_port = self._source.rendezvous()
         load = Load(
@@ -204,15 +204,15 @@ class Replica:
             master_port=master_port,
             group_timeout_s=self._times.group_s,
         )
-        await generation.tell_all(load, [])
-        if not await _in_time(generation.all_loaded, self._times.load_s):
-            generation.lose(f"{generation.state} after {self._times.load_s:.0f} s")
+        await incarnation.tell_all(load, [])
+        if not await _in_time(incarnation.all_loaded, self._times.load_s):
+            incarnation.lose(f"{incarnation.state} after {self._times.load_s:.0f} s")
             return
         self._ready = self._worked = True
-        await on_ready([generation.loaded[rank] for rank in range(self._world_size)])
+        await on_ready([incarnation.loaded[rank] for rank in range(self._world_size)])
 
-    async def _wait_until_gone(self, generation: Generation) -> None:
-        if not await _in_time(generation.gone, STOP_TIMEOUT_S):
+    async def _wait_until_gone(self, incarnation: Incarnation) -> None:
+        if not await _in_time(incarnation.gone, STOP_TIMEOUT_S):
             _log.warning("shards did not leave in time", timeout_s=STOP_TIMEOUT_S)
 
     async def _welcome(self, link: Link[FromShard]) -> None:
@@ -223,18 +223,18 @@ class Replica:
         except (LinkClosed, TimeoutError):
             await link.close()
             return
-        hello, generation = received.message, self._generation
+        hello, incarnation = received.message, self._incarnation
         received.release()
-        if not isinstance(hello, Hello) or generation is None:
+        if not isinstance(hello, Hello) or incarnation is None:
             await link.close()
             return
-        refusal = generation.refusal(hello)
+        refusal = incarnation.refusal(hello)
         if refusal is not None:
             _log.warning("shard refused", rank=hello.rank, host=hello.host, reason=refusal)
             await link.close()
             return
         _log.info("shard joined", rank=hello.rank, host=hello.host, pid=hello.pid)
-        await generation.attend(hello.rank, link)
+        await incarnation.attend(hello.rank, link)
 
 
 async def _in_time(event: asyncio.Event, timeout_s: float) -> bool:

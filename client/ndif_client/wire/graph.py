@@ -152,15 +152,72 @@ class Save(msgspec.Struct, frozen=True, tag="save"):
 Node = ReadHook | WriteHook | Apply | CallModule | Parameter | Constant | Save
 
 
-class Graph(msgspec.Struct, frozen=True):
-    """The nodes of one request in program order, and where each was written.
+class Steps(msgspec.Struct, frozen=True):
+    """Steps of a generation: `start`, `start + stride`, ... below `stop`; None is no bound.
 
-    `at[i]` is the position in `sources` of the line that made node i.
+    Step 0 is the prefill, which reads the prompt and makes the first token; step k reads token
+    k - 1 and makes token k. A trace has only step 0.
+    """
+
+    start: Index = 0
+    stop: Index | None = None
+    stride: Annotated[int, msgspec.Meta(ge=1)] = 1
+
+    def __contains__(self, step: int) -> bool:
+        late = self.stop is not None and step >= self.stop
+        return step >= self.start and not late and (step - self.start) % self.stride == 0
+
+    def __str__(self) -> str:
+        if self.single:
+            return f"step {self.start}"
+        if self == Steps():
+            return "all steps"
+        stop = "" if self.stop is None else self.stop
+        stride = f":{self.stride}" if self.stride > 1 else ""
+        return f"steps {self.start}:{stop}{stride}"
+
+    @property
+    def last(self) -> int | None:
+        """The last of them, or None where there is no bound."""
+        if self.stop is None:
+            return None
+        return self.start + (self.stop - 1 - self.start) // self.stride * self.stride
+
+    @property
+    def single(self) -> bool:
+        """Whether it is one step only."""
+        return self.last == self.start
+
+    def includes(self, other: Steps) -> bool:
+        """Whether each of the other's steps is one of these."""
+        if other.single:
+            return other.start in self
+        if other.start not in self or other.stride % self.stride:
+            return False
+        return self.last is None or (other.last is not None and other.last <= self.last)
+
+
+#: The only step of a trace, and the first of a generation.
+PREFILL = Steps(0, 1)
+
+
+class Graph(msgspec.Struct, frozen=True):
+    """The nodes of one request in program order, when each runs, and where each was written.
+
+    `at[i]` is the position in `sources` of the line that made node i, and `during[i]` the position
+    in `steps` of the generation steps it runs at; where `during` is empty, all nodes run at the
+    prefill. A node may use the values of its own step, and values of earlier single steps.
     """
 
     nodes: Annotated[list[Node], msgspec.Meta(max_length=MAX_NODES)] = []
     sources: Annotated[list[Source], msgspec.Meta(max_length=MAX_NODES)] = []
     at: Annotated[list[Index], msgspec.Meta(max_length=MAX_NODES)] = []
+    steps: Annotated[list[Steps], msgspec.Meta(max_length=MAX_NODES)] = []
+    during: Annotated[list[Index], msgspec.Meta(max_length=MAX_NODES)] = []
+
+    def steps_of(self, node: int) -> Steps:
+        """Return the generation steps at which `node` runs."""
+        return self.steps[self.during[node]] if self.during else PREFILL
 
     def source_of(self, node: int) -> Source | None:
         """Return the user's line that made `node`, if the client recorded it."""
@@ -169,13 +226,27 @@ class Graph(msgspec.Struct, frozen=True):
         return self.sources[self.at[node]]
 
 
+class Message(msgspec.Struct, frozen=True):
+    """One turn of a conversation."""
+
+    role: Path
+    content: Annotated[str, msgspec.Meta(max_length=4 << 20)]
+
+
+class Chat(msgspec.Struct, frozen=True):
+    """A conversation, which the model's own chat template turns into a prompt for the next turn."""
+
+    messages: Annotated[list[Message], msgspec.Meta(min_length=1, max_length=MAX_PROMPTS)]
+
+
 class Invoke(msgspec.Struct, frozen=True):
-    """The prompts of one invoke: each a text or a list of token ids."""
+    """The prompts of one invoke: each a text, a list of token ids, or a conversation."""
 
     prompts: Annotated[
         list[
             Annotated[str, msgspec.Meta(max_length=4 << 20)]
             | Annotated[list[Index], msgspec.Meta(max_length=MAX_TOKENS)]
+            | Chat
         ],
         msgspec.Meta(min_length=1, max_length=MAX_PROMPTS),
     ]

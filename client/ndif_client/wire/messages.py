@@ -6,6 +6,7 @@
     DELETE /v1/traces/{id} cancels
     GET  /v1/models/{id}   reply: `ModelTree` as JSON
     POST /v1/models/{id}/tokenize, /detokenize   JSON both ways
+    POST /v1/explain       body as of /v1/traces; reply: `Explanations` as JSON; nothing runs
 
 All requests of one `Submission` are admitted together, so they can share a forward.
 """
@@ -20,7 +21,7 @@ from ndif_client.wire.graph import MAX_INVOKES, Graph, Invoke, Path, Port, Sourc
 from ndif_client.wire.tensors import TensorSpec
 
 #: The version of these messages; a server refuses another one by name.
-PROTOCOL = 1
+PROTOCOL = 2
 
 MAX_REQUESTS = 1024
 
@@ -30,13 +31,65 @@ RequestId = Annotated[str, msgspec.Meta(pattern=r"\A[A-Za-z0-9_-]{8,64}\Z")]
 # ---------------------------------------------------------------- client -> coordinator
 
 
+Probability = Annotated[float, msgspec.Meta(ge=0, le=1)]
+TokenId = Annotated[int, msgspec.Meta(ge=0)]
+#: A text, or the ids of its tokens.
+Words = (
+    Annotated[str, msgspec.Meta(min_length=1, max_length=4096)]
+    | Annotated[list[TokenId], msgspec.Meta(min_length=1, max_length=4096)]
+)
+
+
+class Decoding(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How tokens are chosen after each prompt, and when that ends.
+
+    Attributes:
+        max_new_tokens: of each sequence.
+        min_new_tokens: before them, no end-of-sequence token is chosen.
+        temperature: 0 takes the most likely token; above it, tokens are sampled.
+        top_k, top_p, min_p: what to sample from; None leaves all in.
+        repetition_penalty: divides (or multiplies, if negative) the logits of tokens seen before.
+        seed: of the sampling noise; the same seed gives the same tokens, whoever shares the batch.
+        stop: texts that end a sequence when they appear in what it has generated.
+        eos: ids that end a sequence; None for the model's own, [] for none.
+        bad_words: what must not be generated.
+        logit_bias: added to the logits of these token ids.
+    """
+
+    max_new_tokens: Annotated[int, msgspec.Meta(ge=1, le=1 << 20)]
+    min_new_tokens: Annotated[int, msgspec.Meta(ge=0)] = 0
+    temperature: Annotated[float, msgspec.Meta(ge=0, le=1000)] = 0.0
+    top_k: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    top_p: Annotated[float, msgspec.Meta(gt=0, le=1)] | None = None
+    min_p: Probability | None = None
+    repetition_penalty: Annotated[float, msgspec.Meta(gt=0)] = 1.0
+    seed: Annotated[int, msgspec.Meta(ge=0, lt=1 << 62)] = 0
+    stop: Annotated[
+        list[Annotated[str, msgspec.Meta(min_length=1, max_length=4096)]],
+        msgspec.Meta(max_length=64),
+    ] = []
+    eos: Annotated[list[TokenId], msgspec.Meta(max_length=64)] | None = None
+    bad_words: Annotated[list[Words], msgspec.Meta(max_length=1024)] = []
+    logit_bias: Annotated[dict[TokenId, float], msgspec.Meta(max_length=4096)] = {}
+
+
+#: How far a result may depend on its neighbours in the batch: "fast" only by rounding, within
+#: the stated tolerances; "solo" not at all, because the request has every forward to itself.
+Numerics = Literal["fast", "solo"]
+
+
 class TraceRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """One trace: prompts and the graph to run on them. `id` is made by the client (a UUID)."""
+    """One trace: prompts and the graph to run on them. `id` is made by the client (a UUID).
+
+    With `decoding` it is a generation: the model goes on after the prompts, step after step.
+    """
 
     id: RequestId
     model: Path
     invokes: Annotated[list[Invoke], msgspec.Meta(min_length=1, max_length=MAX_INVOKES)]
     graph: Graph
+    decoding: Decoding | None = None
+    numerics: Numerics = "fast"
 
 
 class Submission(msgspec.Struct, frozen=True, kw_only=True):
@@ -89,6 +142,33 @@ class Running(msgspec.Struct, frozen=True, tag="running"):
     groups: int
 
 
+class Generated(msgspec.Struct, frozen=True, tag="generated"):
+    """The tokens one step of a generation has made.
+
+    `sequences[i]`, counted over all prompts of all invokes, got token `tokens[i]`, and `texts[i]`
+    is what its text has grown by (empty while a character is incomplete).
+    """
+
+    id: str
+    step: int
+    sequences: list[int]
+    tokens: list[int]
+    texts: list[str]
+
+
+class Completion(msgspec.Struct, frozen=True):
+    """What was generated after one prompt; `ids` ends with the end-of-sequence token, if any.
+
+    `text` is the text of `ids` without special tokens; a text of `stop` that ended it, and what
+    follows, is cut off.
+    """
+
+    ids: list[int]
+    tokens: list[str]
+    text: str
+    finish: Literal["length", "eos", "stop"]
+
+
 class PromptTokens(msgspec.Struct, frozen=True):
     """How the server tokenised one prompt: ids, and each id decoded by itself."""
 
@@ -97,11 +177,12 @@ class PromptTokens(msgspec.Struct, frozen=True):
 
 
 class SavedTensor(msgspec.Struct, frozen=True):
-    """One saved value; its bytes are a buffer of the same frame."""
+    """One saved value, of one step; its bytes are a buffer of the same frame."""
 
     node: int
     name: str | None
     tensor: TensorSpec
+    step: int = 0
 
 
 class SavedTuple(msgspec.Struct, frozen=True):
@@ -111,13 +192,19 @@ class SavedTuple(msgspec.Struct, frozen=True):
     name: str | None
     fields: list[str]
     items: list[TensorSpec]
+    step: int = 0
 
 
 class Statistics(msgspec.Struct, frozen=True, kw_only=True):
     """What a request cost and whom it shared with; times in seconds.
 
     `forward` numbers the forwards of this replica from 1: requests with the same number shared
-    one. `groups` and `tokens` are what that forward carried in all.
+    one. `groups` and `tokens` are what that forward carried in all. Of a generation they tell
+    about its first forward, `forward_s` about all of its `forwards` together.
+
+    Attributes:
+        first_token_s: from arrival to the first generated token.
+        cached_tokens: of the prompts, taken from the KV cache of earlier requests.
     """
 
     queue_s: float
@@ -125,7 +212,10 @@ class Statistics(msgspec.Struct, frozen=True, kw_only=True):
     forward: int
     groups: int
     tokens: int
-    numerics: Literal["fast", "solo"] = "fast"
+    numerics: Numerics = "fast"
+    forwards: int = 1
+    first_token_s: float | None = None
+    cached_tokens: int = 0
 
 
 class Done(msgspec.Struct, frozen=True, tag="done", kw_only=True):
@@ -136,6 +226,7 @@ class Done(msgspec.Struct, frozen=True, tag="done", kw_only=True):
     tensors: list[SavedTensor]
     tuples: list[SavedTuple] = []
     statistics: Statistics
+    completions: list[list[Completion]] = []
 
 
 class Failed(msgspec.Struct, frozen=True, tag="failed"):
@@ -145,7 +236,47 @@ class Failed(msgspec.Struct, frozen=True, tag="failed"):
     fault: Fault
 
 
-Event = Queued | Running | Done | Failed
+Event = Queued | Running | Generated | Done | Failed
+
+
+class RowsAtDepth(msgspec.Struct, frozen=True):
+    """Rows of the packed batch from one boundary of the decoder layers to the next.
+
+    `before` is the number of the layer that the boundary lies before: 0 for the first, the number
+    of layers for what follows the last.
+    """
+
+    before: int
+    rows: int
+
+
+class Explanation(msgspec.Struct, frozen=True, kw_only=True):
+    """What a request would cost, alone, without running it.
+
+    Attributes:
+        tokens: rows it brings to its first forward.
+        value_bytes, saved_bytes: memory of its values and of its result.
+        flops: floating-point operations of its own nodes.
+        depth: how many rows it has from each boundary on: fewer after an early leave, more after
+            a late fork.
+        row_layers: rows x layers that it computes, and that it would without either.
+        notes: the same in words, a line each.
+    """
+
+    id: str
+    tokens: int
+    value_bytes: int
+    saved_bytes: int
+    flops: int
+    depth: list[RowsAtDepth]
+    row_layers: tuple[int, int]
+    notes: list[str]
+
+
+class Explanations(msgspec.Struct, frozen=True):
+    """JSON reply of `POST /v1/explain`, whose body is that of `POST /v1/traces`."""
+
+    requests: list[Explanation]
 
 
 # ---------------------------------------------------------------- the model tree

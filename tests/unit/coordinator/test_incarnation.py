@@ -1,4 +1,4 @@
-"""A generation of shards over real links: joining, passes, and what loses it."""
+"""An incarnation of shards over real links: joining, passes, and what loses it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 from ndif_actor.actor.handshake import Address, connect, serve
 from ndif_actor.actor.link import Link
-from ndif_actor.coordinator.generation import Generation
+from ndif_actor.coordinator.incarnation import Incarnation
 from ndif_actor.errors import ReplicaLost
 from ndif_actor.messages import (
     FromShard,
@@ -29,25 +29,25 @@ PASS = RunPass(sequence=3, layout="packed", groups=[])
 
 
 @asynccontextmanager
-async def joined(folder: Path, count: int = 2) -> AsyncIterator[tuple[Generation, Shards]]:
-    """A generation with `count` shards played by the test."""
-    generation, order = Generation(count), iter(range(count))
+async def joined(folder: Path, count: int = 2) -> AsyncIterator[tuple[Incarnation, Shards]]:
+    """An incarnation with `count` shards played by the test."""
+    incarnation, order = Incarnation(count), iter(range(count))
 
     async def on_link(link: Link[Any]) -> None:
-        await generation.attend(next(order), link)
+        await incarnation.attend(next(order), link)
 
     server, address = await serve(Address(path=str(folder / "s")), b"secret", FromShard, on_link)
     shards: Shards = []
     for _ in range(count):
         shards.append(await connect(address, b"secret", ToShard))
         # One after the other, so that shards[i] is rank i.
-        await _until(lambda: generation.refusal(hello(len(shards) - 1, count)) is not None)
+        await _until(lambda: incarnation.refusal(hello(len(shards) - 1, count)) is not None)
     try:
-        yield generation, shards
+        yield incarnation, shards
     finally:
         for shard in shards:
             await shard.close()
-        await asyncio.wait_for(generation.gone.wait(), 5)
+        await asyncio.wait_for(incarnation.gone.wait(), 5)
         server.close()
 
 
@@ -69,38 +69,38 @@ def hello(rank: int, world_size: int = 2) -> Hello:
     return Hello(rank=rank, world_size=world_size, host="h", pid=1)
 
 
-async def test_a_generation_is_ready_when_every_rank_has_loaded(tmp_path: Path) -> None:
-    async with joined(tmp_path) as (generation, shards):
-        assert generation.state == "0 of 2 shards have loaded"
+async def test_a_incarnation_is_ready_when_every_rank_has_loaded(tmp_path: Path) -> None:
+    async with joined(tmp_path) as (incarnation, shards):
+        assert incarnation.state == "0 of 2 shards have loaded"
         await shards[0].send(loaded(0))
-        await _until(lambda: len(generation.loaded) == 1)
-        assert not generation.all_loaded.is_set()
+        await _until(lambda: len(incarnation.loaded) == 1)
+        assert not incarnation.all_loaded.is_set()
         await shards[1].send(loaded(1))
-        await asyncio.wait_for(generation.all_loaded.wait(), 5)
+        await asyncio.wait_for(incarnation.all_loaded.wait(), 5)
 
-        assert generation.state == "ok"
+        assert incarnation.state == "ok"
 
 
 async def test_who_is_missing_is_named() -> None:
-    assert Generation(3).state == "waiting for shards 0, 1, 2 of 3 to join"
+    assert Incarnation(3).state == "waiting for shards 0, 1, 2 of 3 to join"
 
 
 async def test_a_shard_that_does_not_belong_is_refused_with_the_reason(tmp_path: Path) -> None:
-    async with joined(tmp_path) as (generation, _):
-        assert generation.refusal(hello(1)) == "rank 1 has joined already"
-        assert generation.refusal(hello(2)) == "there is no rank 2 among 2"
-        wrong = generation.refusal(hello(0, world_size=4))
+    async with joined(tmp_path) as (incarnation, _):
+        assert incarnation.refusal(hello(1)) == "rank 1 has joined already"
+        assert incarnation.refusal(hello(2)) == "there is no rank 2 among 2"
+        wrong = incarnation.refusal(hello(0, world_size=4))
         assert wrong == "it expects 4 shards and the replica has 2"
-        generation.lose("for a test")
-        assert generation.refusal(hello(0)) == "the replica is being restarted"
+        incarnation.lose("for a test")
+        assert incarnation.refusal(hello(0)) == "the replica is being restarted"
 
 
 async def test_every_shard_gets_a_pass_and_answers_come_in_the_order_of_ranks(
     tmp_path: Path,
 ) -> None:
-    async with joined(tmp_path) as (generation, shards):
+    async with joined(tmp_path) as (incarnation, shards):
         constant = memoryview(b"constant")
-        running = asyncio.create_task(generation.run_pass(PASS, [constant], timeout_s=5))
+        running = asyncio.create_task(incarnation.run_pass(PASS, [constant], timeout_s=5))
         for shard in shards:
             received = await shard.receive()
             assert received.message == PASS
@@ -115,36 +115,36 @@ async def test_every_shard_gets_a_pass_and_answers_come_in_the_order_of_ranks(
 
 
 async def test_a_shard_that_goes_away_ends_the_pass_at_once(tmp_path: Path) -> None:
-    async with joined(tmp_path) as (generation, shards):
-        running = asyncio.create_task(generation.run_pass(PASS, [], timeout_s=60))
+    async with joined(tmp_path) as (incarnation, shards):
+        running = asyncio.create_task(incarnation.run_pass(PASS, [], timeout_s=60))
         await shards[0].receive()
         await shards[1].close()
 
         with pytest.raises(ReplicaLost, match="shard 1 is gone"):
             await asyncio.wait_for(running, 5)
 
-        assert "shard 1" in await generation.lost
+        assert "shard 1" in await incarnation.lost
         with pytest.raises(ReplicaLost, match="shard 1 is gone"):
-            await generation.run_pass(PASS, [], timeout_s=60)
+            await incarnation.run_pass(PASS, [], timeout_s=60)
 
 
-async def test_a_pass_that_takes_too_long_loses_the_generation(tmp_path: Path) -> None:
-    async with joined(tmp_path) as (generation, _):
+async def test_a_pass_that_takes_too_long_loses_the_incarnation(tmp_path: Path) -> None:
+    async with joined(tmp_path) as (incarnation, _):
         with pytest.raises(ReplicaLost, match="forward 3 took longer than 0 s"):
-            await generation.run_pass(PASS, [], timeout_s=0.05)
+            await incarnation.run_pass(PASS, [], timeout_s=0.05)
 
 
 async def test_a_shard_that_reports_a_failure_is_quoted(tmp_path: Path) -> None:
-    async with joined(tmp_path) as (generation, shards):
+    async with joined(tmp_path) as (incarnation, shards):
         await shards[1].send(ShardFailed(rank=1, message="out of memory"))
 
-        assert await asyncio.wait_for(generation.lost, 5) == "shard 1 failed: out of memory"
-        assert generation.refused_to_load
+        assert await asyncio.wait_for(incarnation.lost, 5) == "shard 1 failed: out of memory"
+        assert incarnation.refused_to_load
 
 
 async def test_the_first_reason_counts() -> None:
-    generation = Generation(1)
-    generation.lose("first")
-    generation.lose("second")
+    incarnation = Incarnation(1)
+    incarnation.lose("first")
+    incarnation.lose("second")
 
-    assert await generation.lost == "first"
+    assert await incarnation.lost == "first"

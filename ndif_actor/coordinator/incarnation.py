@@ -29,7 +29,7 @@ class _Pass(msgspec.Struct):
     answers: dict[int, Received[FromShard]]
 
 
-class Generation:
+class Incarnation:
     """One set of shards: their links, and what they have said so far.
 
     Attributes:
@@ -96,7 +96,7 @@ class Generation:
                 self.gone.set()
 
     def lose(self, reason: str) -> None:
-        """Declare the generation lost; the first reason counts."""
+        """Declare the incarnation lost; the first reason counts."""
         if self.lost.done():
             return
         self.lost.set_result(reason)
@@ -111,7 +111,7 @@ class Generation:
     # ------------------------------------------------------------ messages
 
     async def tell_all(self, message: msgspec.Struct, buffers: list[memoryview]) -> None:
-        """Send one message to every shard; a failure loses the generation."""
+        """Send one message to every shard; a failure loses the incarnation."""
         try:
             for rank in sorted(self._links):
                 await self._links[rank].send(message, buffers)
