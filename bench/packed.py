@@ -55,18 +55,20 @@ class PackedModel:
         return self._seconds(requests, [touch(chosen, save)] * len(requests))
 
     def _seconds(self, requests: list[Request], graphs: list[Any]) -> float:
-        from ndif_actor.messages import Group
+        from ndif_actor.messages import Group, RunPass
 
         groups = [
             Group(
                 request=f"request-{number}",
                 invokes=[[self._tokenizer.encode(request.prompt)]],
                 graph=graph,
+                sharing=number,
             )
             for number, (request, graph) in enumerate(zip(requests, graphs, strict=True))
         ]
         began = time.perf_counter()
-        results, _ = self._engine.run_pass("packed", groups, [], _memory)
+        message = RunPass(sequence=1, layout="packed", groups=groups)
+        results, _ = self._engine.run_pass(message, [], _memory)
         elapsed = time.perf_counter() - began
         faults = [result.fault for result in results if result.fault is not None]
         if faults:

@@ -18,7 +18,7 @@ import structlog
 
 from ndif_actor.engine.cpu import kernel_environment
 from ndif_actor.errors import LaunchError
-from ndif_actor.messages import Load, Loaded, PassDone, RunPass
+from ndif_actor.messages import Forget, Load, Loaded, PassDone, RunPass, SwapIn, SwapOut
 
 if TYPE_CHECKING:
     import torch
@@ -74,6 +74,7 @@ class Device:
         device = torch.device(kind, 0) if kind == "cuda" else torch.device(kind)
         if self._place.world_size > 1:
             self._join_group(load, device)
+        from ndif_actor.engine.cache import PAGE_TOKENS
         from ndif_actor.engine.engine import Engine
 
         self._engine = Engine.load(
@@ -82,7 +83,10 @@ class Device:
             device=device,
             rank=self._place.rank,
             world_size=self._place.world_size,
+            cache_bytes=load.cache_bytes,
+            shards_here=self._place.local_world_size,
         )
+        cache = self._engine.cache
         if kind == "cuda":
             _log.info("device", name=torch.cuda.get_device_name(device))
         return Loaded(
@@ -91,6 +95,8 @@ class Device:
             load_s=time.perf_counter() - began,
             parameter_bytes=self._engine.parameter_bytes,
             unpackable=self._engine.unpackable,
+            cache_pages=cache.num_pages if cache is not None else 0,
+            page_tokens=PAGE_TOKENS,
         )
 
     def run(
@@ -103,7 +109,7 @@ class Device:
                 can't go on then.
         """
         began = time.perf_counter()
-        results, saved = self._engine.run_pass(message.layout, message.groups, buffers, allocate)
+        results, saved = self._engine.run_pass(message, buffers, allocate)
         done = PassDone(
             rank=self._place.rank,
             sequence=message.sequence,
@@ -111,6 +117,16 @@ class Device:
             results=results,
         )
         return done, saved
+
+    def tend(self, message: Forget | SwapOut | SwapIn) -> None:
+        """Do what is to be done between two passes."""
+        match message:
+            case Forget(requests=requests):
+                self._engine.forget(requests)
+            case SwapOut(request=request):
+                self._engine.swap_out(request)
+            case SwapIn(request=request, pages=pages):
+                self._engine.swap_in(request, pages)
 
     def leave(self) -> None:
         """Leave the process group; the other ranks do so too."""

@@ -22,7 +22,18 @@ from ndif_actor.actor.thread import WorkThread
 from ndif_actor.device import Device, Place
 from ndif_actor.errors import LaunchError, ModelError, ReplicaLost
 from ndif_actor.exits import ExitCode
-from ndif_actor.messages import LINK_LIMITS, Hello, Load, RunPass, ShardFailed, Stop, ToShard
+from ndif_actor.messages import (
+    LINK_LIMITS,
+    Forget,
+    Hello,
+    Load,
+    RunPass,
+    ShardFailed,
+    Stop,
+    SwapIn,
+    SwapOut,
+    ToShard,
+)
 
 _log = structlog.get_logger(__name__)
 
@@ -83,6 +94,8 @@ class ShardActor:
                         await self._load(load)
                     case RunPass() as message:
                         await self._run_pass(message, received.buffers)
+                    case Forget() | SwapOut() | SwapIn() as message:
+                        await self._thread.call(self._device.tend, message)
                     case Stop():
                         return await self._leave()
             except LinkClosed:

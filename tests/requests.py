@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ndif_actor.engine.engine import Engine
-from ndif_actor.messages import Group, GroupResult, Layout
+from ndif_actor.messages import Group, GroupResult, Layout, RunPass
 from ndif_client.wire.graph import (
     Apply,
     Argument,
@@ -155,10 +155,11 @@ def argument(value: Any) -> Argument:
 
 
 class Request:
-    """A graph and the prompts it runs on."""
+    """A graph and the prompts it runs on; equal `sharing` lets equal prompts share their rows."""
 
-    def __init__(self, recorder: Recorder, invokes: Invokes) -> None:
+    def __init__(self, recorder: Recorder, invokes: Invokes, sharing: int = 0) -> None:
         self.recorder = recorder
+        self.sharing = sharing
         self.invokes = [[list(ids) for ids in prompts] for prompts in invokes]
 
     def group(self, number: int, first_buffer: int) -> Group:
@@ -169,6 +170,7 @@ class Request:
             request=f"request-{number}",
             invokes=self.invokes,
             graph=Graph(nodes, own.sources, own.at),
+            sharing=self.sharing,
         )
 
     def on(self, oracle: Oracle) -> Saved:
@@ -222,7 +224,8 @@ def run(
     for number, request in enumerate(requests):
         groups.append(request.group(number, len(buffers)))
         buffers += [memoryview(raw) for raw in request.recorder.buffers]
-    results, out = engine.run_pass(layout, groups, buffers, allocate)
+    message = RunPass(sequence=1, layout=layout, groups=groups)
+    results, out = engine.run_pass(message, buffers, allocate)
     by_name = {result.request: result for result in results}
     return [by_name[group.request] for group in groups if group.request in by_name], out
 

@@ -204,6 +204,12 @@ def _run(
     return model(input_ids=input_ids, **{k: v for k, v in options.items() if k in known})
 
 
+def logits(output: Any) -> torch.Tensor:
+    """Return the logits `[batch, sequence, vocabulary]` in what a forward returns."""
+    found: torch.Tensor = output["logits"]
+    return found
+
+
 def shard_factors(model: PreTrainedModel) -> dict[str, int]:
     """How many parts are fused in the output of each module that the plan shards packed."""
     factors: dict[str, int] = {}

@@ -1,8 +1,9 @@
 """Attention over a ragged batch: the one operation that must know where a sequence ends.
 
 Registered with transformers under `IMPLEMENTATION`; every other module of the model runs on the
-packed row `[1, T, ...]` unchanged. While a pass is packed, each segment attends to itself alone,
-so no value of a neighbour is ever read. Otherwise transformers' own implementation runs.
+packed row `[1, T, ...]` unchanged. While a pass is packed, each sequence attends to its own rows
+and its own pages of the KV cache alone, so no value of a neighbour is ever read. Otherwise
+transformers' own implementation runs.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import torch
@@ -20,32 +21,111 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+if TYPE_CHECKING:
+    from ndif_actor.engine.cache import KVCache
+
 #: Name under which transformers finds this attention.
 IMPLEMENTATION = "ndif_ragged"
 
 
 class Segments(msgspec.Struct, frozen=True):
-    """`count` sequences of `length` tokens each, end to end from token `start` of the row."""
+    """`count` sequences of `length` tokens each, end to end from token `start` of the row.
+
+    They begin in this pass, so each attends to its own rows.
+    """
 
     start: int
     count: int
     length: int
 
 
-class AttentionRecord(msgspec.Struct):
-    """The segments of the running pass, and which modules attended in it."""
+class Chunk(msgspec.Struct, frozen=True):
+    """The next `length` tokens of one sequence, from token `start` of the row.
 
-    segments: Sequence[Segments] | None
-    modules: list[torch.nn.Module] = msgspec.field(default_factory=list)
+    `slots` are the places in the KV cache of all its tokens so far, these included.
+    """
+
+    start: int
+    length: int
+    slots: torch.Tensor
+
+
+class Decodes:
+    """One token each of several sequences, end to end from token `start` of the row.
+
+    Args:
+        start: their first row.
+        slots: `[sequences, longest]`, the places in the KV cache of all tokens of each sequence,
+            this one included; what follows the last one may be any place without NaN or inf.
+        lengths: `[sequences]`, how many of its slots count.
+    """
+
+    def __init__(self, start: int, slots: torch.Tensor, lengths: torch.Tensor) -> None:
+        self.start = start
+        self.slots = slots
+        self._lengths = lengths
+        self._masks: dict[int | None, torch.Tensor | None] = {}
+
+    def mask(self, window: int | None) -> torch.Tensor | None:
+        """Return `[sequences, 1, 1, longest]`, True where a key may be seen; None if all may."""
+        if window not in self._masks:
+            places = torch.arange(self.slots.shape[1], device=self.slots.device)
+            seen = places < self._lengths[:, None]
+            if window is not None:
+                seen &= places >= self._lengths[:, None] - window
+            self._masks[window] = None if bool(seen.all()) else seen[:, None, None]
+        return self._masks[window]
+
+
+class KeptRows(msgspec.Struct, frozen=True):
+    """Rows whose keys and values go into the KV cache, and their places there."""
+
+    rows: torch.Tensor
+    slots: torch.Tensor
+
+
+class AttentionLayout(msgspec.Struct, frozen=True):
+    """Where the sequences of a packed row begin and end, and which of them have a past."""
+
+    fresh: Sequence[Segments]
+    chunks: Sequence[Chunk] = ()
+    decodes: Sequence[Decodes] = ()
+    kept: KeptRows | None = None
+
+
+class Attended(msgspec.Struct, frozen=True):
+    """A module that attended, and the shape of one token's keys and values: `[heads, dim]`."""
+
+    module: torch.nn.Module
+    key_shape: tuple[int, int]
+    value_shape: tuple[int, int]
+
+
+class AttentionRecord(msgspec.Struct):
+    """The running pass: how its row lies now, the KV cache, and which modules have attended.
+
+    `layout` is None while the pass is an ordinary padded batch.
+    """
+
+    layout: AttentionLayout | None
+    cache: KVCache | None = None
+    attended: list[Attended] = msgspec.field(default_factory=list)
 
 
 _current: ContextVar[AttentionRecord | None] = ContextVar("ragged_attention", default=None)
 
 
 @contextmanager
-def attending(segments: Sequence[Segments] | None) -> Iterator[AttentionRecord]:
-    """Within the block, attention keeps to `segments`; None means an ordinary padded batch."""
-    record = AttentionRecord(segments)
+def attending(
+    layout: AttentionLayout | None, cache: KVCache | None = None
+) -> Iterator[AttentionRecord]:
+    """Within the block, attention keeps to the sequences of the record's layout.
+
+    Args:
+        layout: what to begin with; None means an ordinary padded batch.
+        cache: where sequences with a past have their keys and values.
+    """
+    record = AttentionRecord(layout, cache)
     token = _current.set(record)
     try:
         yield record
@@ -62,7 +142,7 @@ def ragged_attention(
     attention_mask: torch.Tensor | None,
     **options: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Attend within each segment of the packed row.
+    """Attend within each sequence of the packed row.
 
     Args:
         module: the attention module; its `is_causal` is respected.
@@ -75,26 +155,81 @@ def ragged_attention(
     """
     record = _current.get()
     if record is not None:
-        record.modules.append(module)
-    if record is None or record.segments is None:
+        shapes = ((t.shape[1], t.shape[3]) for t in (key, value))
+        record.attended.append(Attended(module, *shapes))
+    if record is None or record.layout is None:
         return _padded(module, query, key, value, attention_mask, **options)
+    layout = record.layout
     heads, total = query.shape[1], query.shape[2]
     packed = query.new_empty(1, total, heads, value.shape[-1])
     causal = options.get("is_causal")
     if causal is None:
         causal = getattr(module, "is_causal", True)
-    for segment in record.segments:
+    scale, softcap = options.get("scaling"), options.get("softcap")
+    window = options.get("sliding_window")
+    for segment in layout.fresh:
         stop = segment.start + segment.count * segment.length
         attended_rows = _attend(
             *(_segment(t, segment, stop) for t in (query, key, value)),
             causal=causal,
-            scale=options.get("scaling"),
-            window=options.get("sliding_window"),
-            softcap=options.get("softcap"),
+            scale=scale,
+            window=window,
+            softcap=softcap,
         )
         rows = packed[0, segment.start : stop].view(segment.count, segment.length, heads, -1)
         rows.copy_(attended_rows.transpose(1, 2))
+    if record.cache is None:
+        return packed, None
+    if layout.kept is not None:
+        record.cache.write(module, key, value, layout.kept.rows, layout.kept.slots)
+    for chunk in layout.chunks:
+        mask = _chunk_mask(chunk.length, chunk.slots.numel(), window, query.device)
+        stop = chunk.start + chunk.length
+        _attend_past(
+            query[:, :, chunk.start : stop],
+            *record.cache.read(module, chunk.slots[None]),
+            mask,
+            scale,
+            softcap,
+            packed[:, chunk.start : stop],
+        )
+    for decodes in layout.decodes:
+        stop = decodes.start + decodes.slots.shape[0]
+        _attend_past(
+            query[0, :, decodes.start : stop].transpose(0, 1).unsqueeze(2),
+            *record.cache.read(module, decodes.slots),
+            decodes.mask(window),
+            scale,
+            softcap,
+            packed[0, decodes.start : stop].unsqueeze(1),
+        )
     return packed, None
+
+
+def _attend_past(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float | None,
+    softcap: float | None,
+    out: torch.Tensor,
+) -> None:
+    """Attend to keys of the cache; `out` is `[batch, length, heads, dim]`.
+
+    The query heads that share a key head are attended to as if they were further positions,
+    which spares a copy of the keys for each of them, and on a CPU half of the time.
+    """
+    if softcap is not None:
+        out.copy_(_softcapped(query, key, value, mask, scale, softcap).transpose(1, 2))
+        return
+    batch, heads, length, dim = query.shape
+    shared = heads // key.shape[1]
+    queries = query.reshape(batch, key.shape[1], shared * length, dim)
+    if mask is not None and length > 1:
+        mask = mask.repeat(1, 1, shared, 1)
+    attended = scaled_dot_product_attention(queries, key, value, attn_mask=mask, scale=scale)
+    out.copy_(attended.reshape(batch, heads, length, -1).transpose(1, 2))
 
 
 def _padded(
@@ -180,9 +315,19 @@ def _window_mask(length: int, window: int, causal: bool, device: torch.device) -
     return distance.abs() < window
 
 
+def _chunk_mask(length: int, total: int, window: int | None, device: torch.device) -> torch.Tensor:
+    """`[1, 1, length, total]`: True where each of the last `length` positions may see a key."""
+    mine = torch.arange(total - length, total, device=device)[:, None]
+    keys = torch.arange(total, device=device)
+    seen = keys <= mine
+    if window is not None:
+        seen &= keys > mine - window
+    return seen[None, None]
+
+
 def _ragged_mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
     record = _current.get()
-    packed = record is not None and record.segments is not None
+    packed = record is not None and record.layout is not None
     # On the meta device a mask has no values to look at, and none of the shapes depends on it.
     if packed or torch.device(kwargs.get("device", "cpu")).type == "meta":
         return None

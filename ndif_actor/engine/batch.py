@@ -1,8 +1,9 @@
 """The ragged batch: which rows of a forward belong to whom, and each owner's view of them.
 
-Packed, all prompts lie end to end in one row `[1, T]`, without padding. Padded, the prompts of one
-request form an ordinary left-padded rectangle; that is how a model that can't be packed is served.
-A program sees a tensor only through the `Rows` of its own request.
+Packed, all sequences lie end to end in one row `[1, T]`, without padding; how they lie may change
+from region to region of the forward (`depth`). Padded, the prompts of one request form an ordinary
+left-padded rectangle; that is how a model that can't be packed is served. A program sees a tensor
+only through the `Rows` of its own request.
 """
 
 from __future__ import annotations
@@ -12,13 +13,26 @@ from itertools import groupby
 from typing import Protocol
 
 import msgspec
+import numpy as np
 import torch
 
-from ndif_actor.engine.attention import Segments
+from ndif_actor.engine.attention import (
+    AttentionLayout,
+    Chunk,
+    Decodes,
+    KeptRows,
+    Segments,
+)
+from ndif_actor.engine.cache import KVCache
+from ndif_actor.engine.depth import Block, Stage, Strand, lay_out
 from ndif_actor.engine.hookpoints import Site
 
 #: Token ids: per group, per invoke, per prompt.
 TokenIds = Sequence[Sequence[Sequence[Sequence[int]]]]
+
+#: Sequences share one attention call while the longest has at most this many times the tokens of
+#: the shortest, and some more.
+_BUCKET_RATIO, _BUCKET_SLACK = 2, 64
 
 
 class Rows(Protocol):
@@ -29,7 +43,7 @@ class Rows(Protocol):
     def read(self, tensor: torch.Tensor, site: Site) -> torch.Tensor:
         """Return the rows as the user sees them, left-padded with zeros where lengths differ.
 
-        The result may share memory with `tensor`.
+        Rows that nobody looks at may be zeros too. The result may share memory with `tensor`.
         """
         ...
 
@@ -38,34 +52,63 @@ class Rows(Protocol):
         ...
 
 
-class Batch(msgspec.Struct, frozen=True, kw_only=True):
-    """One forward's input, and the rows of each invoke of each group.
+class Feeding(msgspec.Struct, frozen=True):
+    """One sequence's tokens in a pass.
 
-    `input_ids` and `position_ids` are `[1, T]` (packed) or `[prompts, longest]` (padded).
+    Attributes:
+        ids: the tokens fed.
+        strand: how many these are, and how deep they are needed.
+        pages: of the KV cache, for all of the sequence's tokens, these included; None without one.
+    """
+
+    ids: Sequence[int]
+    strand: Strand
+    pages: Sequence[int] | None = None
+
+
+class Packing:
+    """How a packed row lies in each stage of a pass, and which stage it is in now."""
+
+    def __init__(self, stages: Sequence[Stage], layouts: Sequence[AttentionLayout]) -> None:
+        self.stages = stages
+        self.layouts = layouts
+        self.current = 0
+        self._blocks = [
+            {member: block for block in stage.blocks for member in block.members}
+            for stage in stages
+        ]
+
+    def block(self, strand: int) -> Block:
+        """Return where a strand lies now."""
+        return self._blocks[self.current][strand]
+
+
+class Batch(msgspec.Struct, frozen=True, kw_only=True):
+    """One forward's input.
+
+    `input_ids` and `position_ids` are `[1, T]` (packed) or `[prompts, longest]` (padded);
+    `attention_mask` is None while packed, `packing` is None otherwise.
     """
 
     input_ids: torch.Tensor
     position_ids: torch.Tensor
-    attention_mask: torch.Tensor | None
-    segments: list[Segments] | None
-    rows: list[list[Rows]]
+    attention_mask: torch.Tensor | None = None
+    packing: Packing | None = None
 
 
 class PackedRows:
-    """Prompts at `starts` of a packed row."""
+    """Some strands of a packed row, `lengths` tokens each."""
 
-    def __init__(self, starts: Sequence[int], lengths: Sequence[int]) -> None:
-        self.starts = starts
+    def __init__(self, packing: Packing, strands: Sequence[int], lengths: Sequence[int]) -> None:
         self.lengths = lengths
-        length = lengths[0]
-        self._adjacent = all(
-            n == length and start == starts[0] + i * length
-            for i, (start, n) in enumerate(zip(starts, lengths, strict=True))
-        )
+        self._packing = packing
+        self._strands = strands
+        self._known: tuple[int, list[Block], bool] | None = None
 
     def read(self, tensor: torch.Tensor, site: Site) -> torch.Tensor:
-        if self._adjacent:
-            return self._view(tensor, site)
+        blocks, adjacent = self._place()
+        if adjacent:
+            return self._view(tensor, site, blocks[0].start)
         shape = site.shape_for(len(self.lengths), max(self.lengths))
         # Under tensor parallelism `tensor` may be a shard: its own sizes count, not the site's.
         shape = tuple(
@@ -73,20 +116,33 @@ class PackedRows:
             for n, name, own in zip(shape, site.shape, tensor.shape, strict=True)
         )
         padded = tensor.new_zeros(shape)
-        for target, source in self._pairs(padded, tensor, site):
+        for target, source in self._pairs(padded, tensor, site, blocks):
             target.copy_(source)
         return padded
 
     def write(self, tensor: torch.Tensor, site: Site, value: torch.Tensor) -> None:
-        if self._adjacent:
-            self._view(tensor, site).copy_(value)
+        blocks, adjacent = self._place()
+        if adjacent:
+            self._view(tensor, site, blocks[0].start).copy_(value)
             return
-        for source, target in self._pairs(value, tensor, site):
+        for source, target in self._pairs(value, tensor, site, blocks):
             target.copy_(source)
 
-    def _view(self, tensor: torch.Tensor, site: Site) -> torch.Tensor:
+    def _place(self) -> tuple[list[Block], bool]:
+        """Return the blocks now, and whether they are whole, equally long and end to end."""
+        if self._known is None or self._known[0] != self._packing.current:
+            blocks = [self._packing.block(strand) for strand in self._strands]
+            length, start = self.lengths[0], blocks[0].start
+            adjacent = all(
+                block.count == n == length and block.start == start + i * length
+                for i, (block, n) in enumerate(zip(blocks, self.lengths, strict=True))
+            )
+            self._known = self._packing.current, blocks, adjacent
+        return self._known[1], self._known[2]
+
+    def _view(self, tensor: torch.Tensor, site: Site, start: int) -> torch.Tensor:
         count, length = len(self.lengths), self.lengths[0]
-        rows = tensor.narrow(site.token_axis, self.starts[0], count * length)
+        rows = tensor.narrow(site.token_axis, start, count * length)
         if site.batch_axis is None or count == 1:
             return rows
         tokens = site.token_axis - 1
@@ -94,17 +150,20 @@ class PackedRows:
         return split.movedim(tokens, site.batch_axis)
 
     def _pairs(
-        self, padded: torch.Tensor, packed: torch.Tensor, site: Site
+        self, padded: torch.Tensor, packed: torch.Tensor, site: Site, blocks: Sequence[Block]
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yield each prompt's real tokens in the padded and in the packed tensor."""
         longest, axis = max(self.lengths), site.token_axis
-        for i, (start, length) in enumerate(zip(self.starts, self.lengths, strict=True)):
-            row = packed.narrow(axis, start, length)
-            if site.batch_axis is None:
-                yield padded.narrow(axis, (i + 1) * longest - length, length), row
-            else:
-                mine = padded.narrow(site.batch_axis, i, 1)
-                yield mine.narrow(axis, longest - length, length), row
+        for i, (block, length) in enumerate(zip(blocks, self.lengths, strict=True)):
+            row = packed.narrow(axis, block.start, block.count)
+            mine, first = padded, (i + 1) * longest - length
+            if site.batch_axis is not None:
+                mine, first = padded.narrow(site.batch_axis, i, 1), longest - length
+            if block.positions is None:
+                yield mine.narrow(axis, first, length), row
+                continue
+            for j, position in enumerate(block.positions):
+                yield mine.narrow(axis, first + position, 1), row.narrow(axis, j, 1)
 
 
 class PaddedRows:
@@ -158,44 +217,119 @@ class PaddedRows:
         return site.batch_axis, site.token_axis
 
 
-def pack(groups: TokenIds, device: torch.device) -> Batch:
-    """Lay all prompts end to end, shortest first, so that equal lengths attend in one call."""
-    order = sorted(
-        (len(ids), group, invoke, prompt)
-        for group, invokes in enumerate(groups)
-        for invoke, prompts in enumerate(invokes)
-        for prompt, ids in enumerate(prompts)
-    )
-    starts: dict[tuple[int, int, int], int] = {}
+def pack(
+    feedings: Sequence[Feeding], tail: int, device: torch.device, cache: KVCache | None = None
+) -> Batch:
+    """Lay all sequences end to end, those side by side that can attend in one call.
+
+    Args:
+        feedings: a strand each, numbered as they come.
+        tail: the number of the region after the last layer.
+        device: of the model.
+        cache: where sequences with pages have theirs.
+    """
+    stages = lay_out([feeding.strand for feeding in feedings], tail)
     input_ids: list[int] = []
     position_ids: list[int] = []
-    segments = []
-    for length, same in groupby(order, key=lambda entry: entry[0]):
-        first, count = len(input_ids), 0
-        for _, group, invoke, prompt in same:
-            starts[group, invoke, prompt] = len(input_ids)
-            input_ids += groups[group][invoke][prompt]
-            position_ids += range(length)
-            count += 1
-        segments.append(Segments(first, count, length))
-    rows: list[list[Rows]] = [
-        [
-            PackedRows([starts[g, i, p] for p in range(len(prompts))], list(map(len, prompts)))
-            for i, prompts in enumerate(invokes)
-        ]
-        for g, invokes in enumerate(groups)
-    ]
+    for block in stages[0].blocks:
+        feeding = feedings[block.members[0]]
+        past = feeding.strand.past
+        input_ids += feeding.ids
+        position_ids += range(past, past + block.length)
+    attention = _Attention(feedings, cache)
     return Batch(
         input_ids=torch.tensor([input_ids], device=device),
         position_ids=torch.tensor([position_ids], device=device),
-        attention_mask=None,
-        segments=segments,
-        rows=rows,
+        packing=Packing(stages, [attention.layout(stage) for stage in stages]),
     )
 
 
-def pad(groups: TokenIds, device: torch.device) -> Batch:
-    """Lay the prompts of all groups out as one left-padded rectangle."""
+def pack_prompts(prompts: Sequence[Sequence[int]], device: torch.device) -> Batch:
+    """Lay prompts end to end, all of them through the whole model, the shortest first."""
+    feedings = [Feeding(ids, Strand(length=len(ids), last=0)) for ids in prompts]
+    return pack(feedings, 0, device)
+
+
+class _Attention:
+    """Makes the layout of each stage; what does not change from stage to stage is made once."""
+
+    def __init__(self, feedings: Sequence[Feeding], cache: KVCache | None) -> None:
+        self._feedings = feedings
+        self._cache = cache
+        self._slots: dict[int, torch.Tensor] = {}
+        self._tables: dict[tuple[int, ...], tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def layout(self, stage: Stage) -> AttentionLayout:
+        fresh: list[Block] = []
+        past: list[Block] = []
+        for block in stage.blocks:
+            strand = self._feedings[block.members[0]].strand
+            (past if strand.past else fresh).append(block)
+        segments = []
+        for length, same in groupby(fresh, key=lambda block: block.length):
+            blocks = list(same)
+            segments.append(Segments(blocks[0].start, len(blocks), length))
+        singles = [block for block in past if block.length == 1]
+        return AttentionLayout(
+            fresh=segments,
+            chunks=[self._chunk(block) for block in past if block.length > 1],
+            decodes=[self._decodes(bucket) for bucket in self._buckets(singles)],
+            kept=self._kept(stage.blocks),
+        )
+
+    def _chunk(self, block: Block) -> Chunk:
+        (member,) = block.members
+        return Chunk(block.start, block.length, self._all_slots(member))
+
+    def _buckets(self, blocks: Sequence[Block]) -> Iterator[list[Block]]:
+        bucket: list[Block] = []
+        for block in blocks:
+            past = self._past(block)
+            if bucket and past > _BUCKET_RATIO * self._past(bucket[0]) + _BUCKET_SLACK:
+                yield bucket
+                bucket = []
+            bucket.append(block)
+        if bucket:
+            yield bucket
+
+    def _past(self, block: Block) -> int:
+        return self._feedings[block.members[0]].strand.past
+
+    def _decodes(self, bucket: Sequence[Block]) -> Decodes:
+        members = tuple(block.members[0] for block in bucket)
+        if members not in self._tables:
+            assert self._cache is not None
+            feedings = [self._feedings[member] for member in members]
+            lengths = [feeding.strand.past + 1 for feeding in feedings]
+            table = self._cache.table([feeding.pages or [] for feeding in feedings])
+            slots = table[:, : max(lengths)].contiguous()
+            self._tables[members] = slots, torch.tensor(lengths, device=slots.device)
+        return Decodes(bucket[0].start, *self._tables[members])
+
+    def _kept(self, blocks: Sequence[Block]) -> KeptRows | None:
+        rows, slots = [], []
+        for block in blocks:
+            for member in block.members:
+                if self._feedings[member].pages is None:
+                    continue
+                rows.append(np.arange(block.start, block.start + block.length))
+                slots.append(self._all_slots(member)[-block.length :])
+        if not rows:
+            return None
+        places = torch.cat(slots)
+        return KeptRows(torch.from_numpy(np.concatenate(rows)).to(places.device), places)
+
+    def _all_slots(self, member: int) -> torch.Tensor:
+        if member not in self._slots:
+            feeding = self._feedings[member]
+            assert self._cache is not None and feeding.pages is not None
+            total = feeding.strand.past + feeding.strand.length
+            self._slots[member] = self._cache.slots(feeding.pages)[:total]
+        return self._slots[member]
+
+
+def pad(groups: TokenIds, device: torch.device) -> tuple[Batch, list[list[Rows]]]:
+    """Lay the prompts of all groups out as one left-padded rectangle, and show each its rows."""
     prompts = [ids for invokes in groups for invoke in invokes for ids in invoke]
     longest = max(map(len, prompts))
     input_ids = torch.zeros(len(prompts), longest, dtype=torch.long)
@@ -211,13 +345,12 @@ def pad(groups: TokenIds, device: torch.device) -> Batch:
             lengths = list(map(len, invoke))
             rows[-1].append(PaddedRows(first, lengths, len(prompts), longest))
             first += len(invoke)
-    return Batch(
+    batch = Batch(
         input_ids=input_ids.to(device),
         position_ids=(mask.cumsum(1) - 1).clamp(min=0).to(device),
         attention_mask=mask.to(device),
-        segments=None,
-        rows=rows,
     )
+    return batch, rows
 
 
 def padding_mask(lengths: Sequence[int], device: torch.device) -> torch.Tensor:

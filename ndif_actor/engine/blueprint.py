@@ -8,10 +8,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import msgspec
+import torch
 from transformers import PreTrainedModel
 
 from ndif_actor.engine import adapter, shapes, tree
 from ndif_actor.engine.hookpoints import HookTable, discover
+from ndif_actor.engine.probe import depth_fault
 from ndif_actor.engine.program import Program, compile_graph, graph_fault
 from ndif_actor.engine.shapes import Price
 from ndif_actor.errors import ModelError
@@ -35,16 +38,19 @@ class Blueprint:
         self.model = model
         self.world_size = world_size
         self.table: HookTable = discover(model)
+        config = adapter.text_config(model.config)
+        self.vocab_size: int = config.vocab_size
+        layers = self.table.layers
+        if layers and depth_fault(model, layers, self.vocab_size, torch.device("meta")):
+            self.keep_rows()
         if world_size > 1 and self.table.unpackable is not None:
             raise ModelError(
                 f"{type(model).__name__} is served with --tp 1 only: {self.table.unpackable}"
             )
-        config = adapter.text_config(model.config)
         self.config_dtype = adapter.config_dtype(model.config)
         self.max_positions = adapter.max_positions(
             model.config, packed=self.table.unpackable is None
         )
-        self.vocab_size: int = config.vocab_size
 
     @classmethod
     def load(cls, folder: Path, dtype: str, world_size: int) -> Blueprint:
@@ -64,6 +70,10 @@ class Blueprint:
         adapter.check_tensor_parallel(model, world_size)
         return cls(model, world_size)
 
+    def keep_rows(self) -> None:
+        """Let every row stay in the batch through all layers."""
+        self.table = msgspec.structs.replace(self.table, layers=None)
+
     def tree(self, *, model_id: str, device: str, unpackable: str | None) -> ModelTree:
         """Describe the model to clients; `unpackable` is what the shards found out, if anything."""
         return tree.build_tree(
@@ -76,7 +86,11 @@ class Blueprint:
         )
 
     def check(
-        self, graph: Graph, lengths: Sequence[Sequence[int]], buffers: list[memoryview]
+        self,
+        graph: Graph,
+        lengths: Sequence[Sequence[int]],
+        buffers: list[memoryview],
+        max_new_tokens: int = 0,
     ) -> Price:
         """Check that a graph can run on prompts of these lengths, and price it.
 
@@ -84,6 +98,7 @@ class Blueprint:
             graph: as it came.
             lengths: tokens of each prompt, per invoke.
             buffers: the bytes of its constants.
+            max_new_tokens: how many steps a generation may take; 0 for a trace.
 
         Raises:
             RequestError: it can never run; the fault names the node and the user's line.
@@ -94,10 +109,11 @@ class Blueprint:
                     check_buffer(node.tensor, buffers)
                 except ValueError as error:
                     raise graph_fault(graph, number, str(error)) from None
-        program = self.compile(graph, len(lengths))
-        values = shapes.infer(program, self.model, lengths)
-        return shapes.price(program, values, lengths)
+        num_steps = max(1, max_new_tokens)
+        program = self.compile(graph, len(lengths), num_steps)
+        values = shapes.infer(program, self.model, lengths, num_steps)
+        return shapes.price(program, values, lengths, num_steps)
 
-    def compile(self, graph: Graph, num_invokes: int) -> Program:
+    def compile(self, graph: Graph, num_invokes: int, num_steps: int = 1) -> Program:
         """Order a graph's nodes along the forward; see `compile_graph`."""
-        return compile_graph(graph, self.table, num_invokes)
+        return compile_graph(graph, self.table, num_invokes, num_steps)

@@ -2,26 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
+import msgspec
+import structlog
 import torch
 
 from ndif_actor.engine import adapter, shapes
-from ndif_actor.engine.attention import attending
-from ndif_actor.engine.batch import Batch, Rows, pack, pad
+from ndif_actor.engine.attention import Attended, attending
+from ndif_actor.engine.batch import Batch, Feeding, Packing, pack, pack_prompts, pad
 from ndif_actor.engine.blueprint import Blueprint
+from ndif_actor.engine.cache import PAGE_TOKENS, KVCache, make_cache
 from ndif_actor.engine.cpu import has_native_half
-from ndif_actor.engine.execution import Execution
-from ndif_actor.engine.hookpoints import Moment, recording_moments
-from ndif_actor.engine.interleaver import Interleaver
-from ndif_actor.engine.layout import ShardGroup, learn_layouts
+from ndif_actor.engine.execution import Execution, Saved
+from ndif_actor.engine.interleaver import END_OF_FORWARD, Interleaver
+from ndif_actor.engine.layout import Sharded, ShardGroup, learn_layouts
 from ndif_actor.engine.linear import widen_linears
-from ndif_actor.engine.probe import packing_fault, padding_fault
+from ndif_actor.engine.members import Generation, Trace
+from ndif_actor.engine.moments import Recording, recording_moments
+from ndif_actor.engine.probe import depth_fault, packing_fault, padding_fault
+from ndif_actor.engine.program import BEFORE_FORWARD
+from ndif_actor.engine.sampling import choose_all
 from ndif_actor.engine.saves import Allocate, GroupSaves, SaveBuffers
 from ndif_actor.engine.sharded import ShardedModel
+from ndif_actor.engine.stages import changing_stages
 from ndif_actor.errors import ModelError, RequestError
-from ndif_actor.messages import Group, GroupResult, Layout
+from ndif_actor.messages import Group, GroupResult, Part, RunPass
+from ndif_client.wire.graph import HookPoint
 from ndif_client.wire.messages import Fault
+
+_log = structlog.get_logger(__name__)
 
 #: Tokens of the forward that shows how tensors lie across the shards.
 _LAYOUT_TOKENS = 6
@@ -44,17 +55,30 @@ class Engine:
         rank: int,
         unpackable: str | None,
         unpaddable: str | None,
+        cache: KVCache | None,
     ) -> None:
         self.blueprint = blueprint
         self.unpackable = unpackable
         self.unpaddable = unpaddable
         self.parameter_bytes = sum(_local_bytes(p) for p in model.model.parameters())
+        self.cache = cache
         self._model = model
         self._rank = rank
+        self._generations: dict[str, Generation] = {}
+        layers = blueprint.table.layers
+        self._tail = layers.tail if layers is not None else 0
 
     @classmethod
     def load(
-        cls, folder: Path, *, dtype: str, device: torch.device | str, rank: int, world_size: int
+        cls,
+        folder: Path,
+        *,
+        dtype: str,
+        device: torch.device | str,
+        rank: int,
+        world_size: int,
+        cache_bytes: int | None = None,
+        shards_here: int = 1,
     ) -> Engine:
         """Load this rank's shard; all ranks call it together.
 
@@ -63,6 +87,8 @@ class Engine:
             dtype: "float32", ..., or "auto".
             device: where this rank's slice goes.
             rank, world_size: of the replica; torch.distributed is up when there are several.
+            cache_bytes: for the KV cache of this rank; None for a share of the free memory.
+            shards_here: ranks on this machine.
 
         Raises:
             ModelError: the model can't be served like that.
@@ -79,104 +105,264 @@ class Engine:
         if unpackable is not None and world_size > 1:
             raise ModelError(f"{type(model).__name__} is served with --tp 1 only: {unpackable}")
         unpaddable = None
+        layouts: dict[HookPoint, Sharded] = {}
+        cache = None
         if unpackable is not None:
             unpaddable = padding_fault(model, blueprint.vocab_size, device)
-        layouts = {}
-        if world_size > 1:
-            layouts = learn_layouts(
-                blueprint.table.sites.values(),
-                _show_layout(model, device),
-                _LAYOUT_TOKENS,
-                adapter.shard_factors(model),
-                group,
-            )
+        else:
+            layers = blueprint.table.layers
+            if layers and (fault := depth_fault(model, layers, blueprint.vocab_size, device)):
+                _log.warning("rows stay in the batch through all layers", reason=fault)
+                blueprint.keep_rows()
+            seen = _show_layout(model, device)
+            if world_size > 1:
+                layouts = learn_layouts(
+                    blueprint.table.sites.values(),
+                    seen.tensors,
+                    _LAYOUT_TOKENS,
+                    adapter.shard_factors(model),
+                    group,
+                )
+            cache = make_cache(seen.attended, model.dtype, device, cache_bytes, shards_here)
         sharded = ShardedModel(model, group, layouts, device)
-        return cls(sharded, blueprint, rank, unpackable, unpaddable)
+        return cls(sharded, blueprint, rank, unpackable, unpaddable, cache)
+
+    # ------------------------------------------------------------ passes
 
     def run_pass(
-        self, layout: Layout, groups: list[Group], buffers: list[memoryview], allocate: Allocate
+        self, message: RunPass, buffers: list[memoryview], allocate: Allocate
     ) -> tuple[list[GroupResult], list[memoryview]]:
-        """Run one forward for all groups, and their programs inside it.
+        """Run one forward for all members, and their programs inside it.
 
         Args:
-            layout: "packed", or "dense" for one padded request.
-            groups: token ids and graphs.
-            buffers: the bytes of all their constants.
+            message: who joins, who goes on, and how the rows are laid out.
+            buffers: the bytes of the constants of those that join.
             allocate: gives writable memory of that many bytes for a saved value.
 
         Returns:
-            A result per group and the buffers it points to. Ranks other than 0 report only the
-            groups that failed, without values.
+            A result per member and the buffers it points to. Ranks other than 0 report only the
+            members that failed, without values.
 
         Raises:
             ReplicaLost: another shard is gone.
             torch.OutOfMemoryError: the pass does not fit on the device.
         """
-        lay_out = pack if layout == "packed" else pad
-        batch = lay_out([group.invokes for group in groups], self._model.device)
         saves = SaveBuffers(allocate)
         results: list[GroupResult] = []
-        live: list[tuple[Group, Execution, GroupSaves]] = []
-        for group, rows in zip(groups, batch.rows, strict=True):
-            kept = GroupSaves(group.graph, saves)
-            try:
-                live.append((group, self._execution(group, rows, buffers, kept), kept))
-            except RequestError as error:
-                results.append(GroupResult(request=group.request, fault=error.fault))
         with torch.inference_mode():
-            self._forward(batch, [execution for _, execution, _ in live])
-        results += [self._result(*each) for each in live]
+            if message.layout == "dense":
+                results = self._run_dense(message.groups, buffers, saves)
+            else:
+                traces, faults = self._join(message.groups, buffers)
+                going_on = [
+                    (self._generations[part.request], part)
+                    for part in message.parts
+                    if part.request in self._generations
+                ]
+                results = faults + self._run_packed(traces, going_on, saves)
         if self._rank != 0:
             return [result for result in results if result.fault is not None], []
         return results, saves.buffers
 
-    def _execution(
-        self, group: Group, rows: list[Rows], buffers: list[memoryview], kept: GroupSaves
-    ) -> Execution:
-        program = self.blueprint.compile(group.graph, len(group.invokes))
+    def forget(self, requests: Sequence[str]) -> None:
+        """Drop what is left of generations that are over."""
+        for request in requests:
+            self._generations.pop(request, None)
+
+    def swap_out(self, request: str) -> None:
+        """Move a generation's KV cache to the host's memory."""
+        if self.cache is not None and request in self._generations:
+            self._generations[request].swap_out(self.cache)
+
+    def swap_in(self, request: str, pages: Sequence[list[int]]) -> None:
+        """Move a generation's KV cache back, into these pages of each sequence."""
+        if self.cache is not None and request in self._generations:
+            self._generations[request].swap_in(self.cache, pages)
+
+    def _join(
+        self, groups: Sequence[Group], buffers: list[memoryview]
+    ) -> tuple[list[Trace], list[GroupResult]]:
+        """Take groups in; return the traces among them, and results of those that can't run."""
+        traces, faults = [], []
+        for group in groups:
+            try:
+                execution = self._execution(group, buffers)
+            except RequestError as error:
+                faults.append(GroupResult(request=group.request, fault=error.fault))
+                continue
+            if group.decoding is None:
+                traces.append(Trace(group, execution))
+            else:
+                self._generations[group.request] = Generation(
+                    group, execution, PAGE_TOKENS, self._tail, self._model.device
+                )
+        return traces, faults
+
+    def _execution(self, group: Group, buffers: list[memoryview]) -> Execution:
+        steps = 1 if group.decoding is None else group.decoding.max_new_tokens
+        program = self.blueprint.compile(group.graph, len(group.invokes), steps)
         lengths = [[len(ids) for ids in prompts] for prompts in group.invokes]
-        if self.unpaddable is not None and len({n for ns in lengths for n in ns}) > 1:
+        model = self.blueprint.model
+        return Execution(
+            program,
+            self._model,
+            buffers,
+            infer=lambda step: shapes.infer(program, model, lengths, steps).at(step),
+        )
+
+    # ------------------------------------------------------------ packed
+
+    def _run_packed(
+        self,
+        traces: Sequence[Trace],
+        going_on: Sequence[tuple[Generation, Part]],
+        saves: SaveBuffers,
+    ) -> list[GroupResult]:
+        for generation, part in going_on:
+            assert self.cache is not None
+            generation.feed(part, self.cache)
+        members: list[Trace | Generation] = [*traces, *(generation for generation, _ in going_on)]
+        feedings: list[Feeding] = []
+        firsts = []
+        for member in members:
+            firsts.append(len(feedings))
+            feedings += member.feedings()
+        batch = pack(feedings, self._tail, self._model.device, self.cache)
+        assert batch.packing is not None
+        kept = []
+        for member, first in zip(members, firsts, strict=True):
+            kept.append(GroupSaves(member.graph, member.execution.step, saves))
+            member.execution.join(member.rows(batch.packing, first), self._saver(kept[-1]))
+            if isinstance(member, Trace) or member.begins:
+                member.execution.begin()
+        logits = self._forward(batch, [m.execution for m in members], self._at_least(going_on))
+        tokens = self._sample(members, firsts, batch.packing, logits)
+        return [
+            self._result(member, own, tokens.get(number))
+            for number, (member, own) in enumerate(zip(members, kept, strict=True))
+        ]
+
+    def _at_least(self, going_on: Sequence[tuple[Generation, Part]]) -> int:
+        """Return how far the forward must go for the generations in it."""
+        if not going_on:
+            return BEFORE_FORWARD
+        layers = self.blueprint.table.layers
+        if layers is None or any(generation.samples for generation, _ in going_on):
+            return END_OF_FORWARD
+        return layers.boundaries[layers.tail].order
+
+    def _forward(
+        self, batch: Batch, executions: list[Execution], at_least: int
+    ) -> torch.Tensor | None:
+        """Run the model; return the logits `[1, T, vocabulary]` if it ran to the end."""
+        model, table = self._model.model, self.blueprint.table
+        interleaver = Interleaver(model, table, executions, at_least)
+        if not interleaver.needs_forward:
+            return None
+        assert batch.packing is not None
+        output = None
+        with (
+            attending(None, self.cache) as record,
+            changing_stages(model, table.layers, batch.packing, record, interleaver.paused),
+            interleaver.hooked(),
+        ):
+            output = adapter.run_packed(model, batch.input_ids, batch.position_ids)
+        return None if output is None else adapter.logits(output)
+
+    def _sample(
+        self,
+        members: Sequence[Trace | Generation],
+        firsts: Sequence[int],
+        packing: Packing,
+        logits: torch.Tensor | None,
+    ) -> dict[int, dict[int, int]]:
+        """Return the tokens made, by member and by its sequence."""
+        chosen = [
+            (number, sequence, row)
+            for number, (member, first) in enumerate(zip(members, firsts, strict=True))
+            if isinstance(member, Generation)
+            for sequence, row in member.last_rows(packing, first)
+        ]
+        if not chosen or logits is None:
+            return {}
+        own = [members[number] for number, _, _ in chosen]
+        continued = [g.sequences[s] for g, (_, s, _) in zip(own, chosen, strict=True)]  # type: ignore[union-attr]
+        index = torch.tensor([row for _, _, row in chosen], device=logits.device)
+        made = choose_all(
+            [one.sampler for one in continued],
+            logits[0].index_select(0, index),
+            [one.ids for one in continued],
+            [member.execution.step for member in own],
+        )
+        tokens: dict[int, dict[int, int]] = {}
+        together = self._model.agreed(made).tolist()
+        for (number, sequence, _), token in zip(chosen, together, strict=True):
+            tokens.setdefault(number, {})[sequence] = token
+        return tokens
+
+    def _saver(self, kept: GroupSaves) -> Saved:
+        return kept if self._rank == 0 else lambda node, number, value: None
+
+    def _result(
+        self, member: Trace | Generation, kept: GroupSaves, tokens: dict[int, int] | None
+    ) -> GroupResult:
+        made: list[int | None] = []
+        if isinstance(member, Generation):
+            made = member.advance(tokens or {})
+        if member.execution.fault is not None:
+            return GroupResult(request=member.request, fault=member.execution.fault)
+        return GroupResult(
+            request=member.request, tensors=kept.tensors, tuples=kept.tuples, tokens=made
+        )
+
+    # ------------------------------------------------------------ dense
+
+    def _run_dense(
+        self, groups: Sequence[Group], buffers: list[memoryview], saves: SaveBuffers
+    ) -> list[GroupResult]:
+        """Run the one request of a pass as a padded batch."""
+        traces, faults = self._join(groups, buffers)
+        batch, rows = pad([group.invokes for group in groups], self._model.device)
+        if not traces:
+            return faults
+        (trace,), (own,) = traces, rows
+        if self.unpaddable is not None and len({n for r in own for n in r.lengths}) > 1:
             message = (
                 f"all prompts of a trace must have the same number of tokens: {self.unpaddable}"
             )
-            raise RequestError(Fault(kind="execution", message=message))
-        return Execution(
-            program,
-            rows,
-            self._model,
-            buffers,
-            save=kept if self._rank == 0 else lambda node, number, value: None,
-            infer=lambda: shapes.infer(program, self.blueprint.model, lengths),
-        )
-
-    def _forward(self, batch: Batch, executions: list[Execution]) -> None:
-        interleaver = Interleaver(self._model.model, self.blueprint.table, executions)
-        interleaver.begin()
-        if not interleaver.needs_forward:
-            return
-        with attending(batch.segments), interleaver.hooked():
-            if batch.attention_mask is None:
-                adapter.run_packed(self._model.model, batch.input_ids, batch.position_ids)
-            else:
-                adapter.run_padded(
-                    self._model.model, batch.input_ids, batch.position_ids, batch.attention_mask
-                )
-
-    def _result(self, group: Group, execution: Execution, kept: GroupSaves) -> GroupResult:
-        if execution.fault is not None:
-            return GroupResult(request=group.request, fault=execution.fault)
-        return GroupResult(request=group.request, tensors=kept.tensors, tuples=kept.tuples)
+            fault = Fault(kind="execution", message=message)
+            return [GroupResult(request=trace.request, fault=fault)]
+        kept = GroupSaves(trace.graph, 0, saves)
+        trace.execution.join(own, self._saver(kept))
+        trace.execution.begin()
+        model = self._model.model
+        interleaver = Interleaver(model, self.blueprint.table, [trace.execution])
+        if interleaver.needs_forward:
+            assert batch.attention_mask is not None
+            with attending(None), interleaver.hooked():
+                adapter.run_padded(model, batch.input_ids, batch.position_ids, batch.attention_mask)
+        return [self._result(trace, kept, None)]
 
 
-def _show_layout(
-    model: torch.nn.Module, device: torch.device
-) -> dict[Moment, dict[str, torch.Tensor]]:
-    """Run one packed forward and return every tensor this rank saw in it."""
-    batch = pack([[[[0] * _LAYOUT_TOKENS]]], device)
-    seen: dict[Moment, dict[str, torch.Tensor]] = {}
-    with torch.inference_mode(), attending(batch.segments), recording_moments(model, seen):
+class _Seen(msgspec.Struct):
+    """What one packed forward of this rank showed."""
+
+    tensors: Recording
+    attended: list[Attended]
+
+
+def _show_layout(model: torch.nn.Module, device: torch.device) -> _Seen:
+    """Run one packed forward and note every tensor this rank saw in it, and who attended."""
+    batch = pack_prompts([[0] * _LAYOUT_TOKENS], device)
+    assert batch.packing is not None
+    tensors: Recording = {}
+    with (
+        torch.inference_mode(),
+        attending(batch.packing.layouts[0]) as record,
+        recording_moments(model, tensors),
+    ):
         adapter.run_packed(model, batch.input_ids, batch.position_ids)  # type: ignore[arg-type]
-    return seen
+    return _Seen(tensors, record.attended)
 
 
 def _local_bytes(parameter: torch.nn.Parameter) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,7 @@ import torch
 from ndif_actor.engine import ops, shapes
 from ndif_actor.engine.batch import Rows, padding_mask
 from ndif_actor.engine.hookpoints import MASK
-from ndif_actor.engine.program import Program
+from ndif_actor.engine.program import BEFORE_FORWARD, Program
 from ndif_actor.engine.sharded import ShardedModel
 from ndif_client.wire.catalogue import CATALOGUE
 from ndif_client.wire.graph import (
@@ -39,41 +39,63 @@ _FATAL = (torch.OutOfMemoryError, torch.AcceleratorError)
 
 
 class Execution:
-    """Runs one program on its own rows.
+    """Runs one program on its own rows, step after step.
 
     Args:
         program: what to run.
-        rows: the rows of each invoke.
         model: this rank's shard.
-        buffers: the bytes of the program's constants.
-        save: called with each saved value, which it must copy at once.
-        infer: gives the meta value of each node; asked only after a failure.
+        buffers: the bytes of the program's constants, valid during the first pass.
+        infer: gives the meta value of each node at a step; asked only after a failure.
     """
 
     def __init__(
         self,
         program: Program,
-        rows: Sequence[Rows],
         model: ShardedModel,
         buffers: list[memoryview],
-        save: Saved,
-        infer: Callable[[], list[Any]],
+        infer: Callable[[int], Mapping[int, Any]],
     ) -> None:
         self.program = program
         self.fault: Fault | None = None
+        self.step = 0
+        self.plan = program.at(0)
         self.pause_hooks: Callable[[], AbstractContextManager[None]] = nullcontext
-        self._rows = rows
         self._model = model
         self._buffers = buffers
-        self._save = save
         self._infer = infer
-        self._shapes: list[Any] | None = None
+        self._shapes: Mapping[int, Any] | None = None
         self._values: dict[int, Any] = {}
+        self._rows: Sequence[Rows] = ()
+        self._save: Saved
+
+    def join(self, rows: Sequence[Rows], save: Saved) -> None:
+        """Take part in a pass.
+
+        Args:
+            rows: of each invoke.
+            save: called with each saved value, which it must copy at once.
+        """
+        self._rows, self._save = rows, save
+
+    def begin(self) -> None:
+        """Run the nodes of this step that need nothing from the forward."""
+        self.run(BEFORE_FORWARD, None)
+
+    def next_step(self) -> None:
+        """Go on to the next step of a generation; only kept values live on."""
+        self.step += 1
+        self.plan = self.program.at(self.step)
+        kept = self.program.kept
+        for number in list(self._values):
+            last = kept.get(number, -1)
+            if last is not None and last < self.step:
+                del self._values[number]
+        self._shapes = None
 
     def run(self, order: int, moment: LiveMoment | None) -> None:
         """Run the nodes of one moment of the forward."""
         made: list[int] = []
-        for number in self.program.steps.get(order, ()):
+        for number in self.plan.nodes.get(order, ()):
             node = self.program.graph.nodes[number]
             if self.fault is not None:
                 self._keep_in_step(number, node, moment)
@@ -88,7 +110,7 @@ class Execution:
             if value is not None:
                 self._values[number] = value
                 made.append(number)
-            for dead in self.program.dies[number]:
+            for dead in self.plan.dies.get(number, ()):
                 self._values.pop(dead, None)
         self._own(made)
 
@@ -119,7 +141,10 @@ class Execution:
         """Copy what outlives this moment: it may be a view of the batch the model goes on with."""
         for number in made:
             node = self.program.graph.nodes[number]
-            if number in self.program.outlives and not isinstance(node, Constant | Parameter):
+            # A parameter stays as it is; a constant lies in memory that this pass will give back.
+            lasts = isinstance(node, Parameter)
+            lasts |= isinstance(node, Constant) and number not in self.program.kept
+            if number in self.plan.outlives and not lasts:
                 self._values[number] = _copied(self._values[number])
 
     def _read(self, node: ReadHook, moment: LiveMoment | None) -> torch.Tensor:
@@ -162,7 +187,7 @@ class Execution:
             self._model.parameter(node.path)
         elif isinstance(node, CallModule):
             if self._shapes is None:
-                self._shapes = self._infer()
+                self._shapes = self._infer(self.step)
             known = self._shapes
             args, kwargs = shapes.arguments(node, lambda n: _zeros(known[n], self._model.device))
             with self.pause_hooks():

@@ -7,19 +7,18 @@ and noting every tensor that enters or leaves a module. Nothing is assumed from 
 from __future__ import annotations
 
 import difflib
-from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from typing import Any
+from collections.abc import Callable
 
 import msgspec
 import torch
 from transformers import PreTrainedModel
 
-from ndif_actor.engine import adapter, leaves
-from ndif_actor.engine.attention import Segments, attending
+from ndif_actor.engine import adapter
+from ndif_actor.engine.attention import AttentionLayout, Segments, attending
+from ndif_actor.engine.layers import LayerStack, find_layers
+from ndif_actor.engine.moments import Moment, Recording, recording_moments
 from ndif_actor.errors import ModelError
-from ndif_client.wire.graph import HookPoint, Port
+from ndif_client.wire.graph import HookPoint
 
 #: (batch, sequence) of the two padded runs, and T of the two packed ones: all different, so that
 #: a size names its axis.
@@ -28,14 +27,6 @@ _PACKED = (11, 13)
 
 #: The padding of a request whose prompts differ in length; readable, never written.
 MASK = HookPoint("", "input", "kwargs.attention_mask")
-
-
-class Moment(msgspec.Struct, frozen=True):
-    """One firing of a module's input or output in a forward."""
-
-    path: str
-    port: Port
-    call: int
 
 
 class Site(msgspec.Struct, frozen=True, kw_only=True):
@@ -71,12 +62,14 @@ class HookTable(msgspec.Struct, frozen=True):
         sites: by hook point, in firing order.
         moments: position of each moment in the forward.
         attention: paths of the modules that attend.
+        layers: the decoder layers, between which a packed row can be laid out anew, or None.
         unpackable: why the model can't run on a packed row, or None.
     """
 
     sites: dict[HookPoint, Site]
     moments: dict[Moment, int]
     attention: frozenset[str]
+    layers: LayerStack | None
     unpackable: str | None
 
     def find(self, point: HookPoint) -> Site:
@@ -115,7 +108,7 @@ def discover(model: PreTrainedModel) -> HookTable:
     except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
         kind = type(model).__name__
         raise ModelError(f"{kind} can't be traced without weights: {error}") from error
-    packed: list[_Recording] = []
+    packed: list[Recording] = []
     try:
         if adapter.attends_raggedly(model):
             packed = [_record(model, _run_packed, tokens) for tokens in _PACKED]
@@ -127,12 +120,9 @@ def discover(model: PreTrainedModel) -> HookTable:
     return _table(padded, packed, unpackable, _attention_paths(model))
 
 
-_Recording = dict[Moment, dict[str, torch.Tensor]]
-
-
 def _table(
-    padded: list[_Recording],
-    packed: list[_Recording],
+    padded: list[Recording],
+    packed: list[Recording],
     unpackable: str | None,
     attention: frozenset[str],
 ) -> HookTable:
@@ -150,7 +140,8 @@ def _table(
             site = _site(point, order, shape, tensor.dtype, packed, moment)
             if site is not None and (packed == [] or site.packed_shape or point == MASK):
                 sites[point] = site
-    return HookTable(sites, moments, attention, unpackable)
+    layers = find_layers(moments, packed, attention)
+    return HookTable(sites, moments, attention, layers, unpackable)
 
 
 def _site(
@@ -158,7 +149,7 @@ def _site(
     order: int,
     shape: tuple[int | str, ...],
     dtype: torch.dtype,
-    packed: list[_Recording],
+    packed: list[Recording],
     moment: Moment,
 ) -> Site | None:
     axes = [axis for axis, size in enumerate(shape) if isinstance(size, str)]
@@ -196,7 +187,7 @@ def _symbolic(first: torch.Size, second: torch.Size) -> tuple[int | str, ...] | 
 
 
 def _packed_shape(
-    packed: list[_Recording], moment: Moment, leaf: str, token_axis: int
+    packed: list[Recording], moment: Moment, leaf: str, token_axis: int
 ) -> tuple[int | str, ...] | None:
     found = [run[moment][leaf].shape for run in packed if leaf in run.get(moment, {})]
     if len(found) != len(_PACKED) or len(found[0]) != len(found[1]):
@@ -210,42 +201,11 @@ def _packed_shape(
 # ---------------------------------------------------------------- running and recording
 
 
-def _record(model: PreTrainedModel, run: Callable[..., None], *sizes: int) -> _Recording:
-    recording: _Recording = {}
+def _record(model: PreTrainedModel, run: Callable[..., None], *sizes: int) -> Recording:
+    recording: Recording = {}
     with recording_moments(model, recording), torch.no_grad():
         run(model, *sizes)
     return recording
-
-
-@contextmanager
-def recording_moments(model: torch.nn.Module, into: _Recording) -> Iterator[None]:
-    """Within the block, note in `into` every tensor that enters or leaves a module, in order."""
-    calls: Counter[tuple[str, Port]] = Counter()
-
-    def note(path: str, port: Port, structure: Any) -> None:
-        moment = Moment(path, port, calls[path, port])
-        calls[path, port] += 1
-        into[moment] = dict(leaves.walk(structure))
-
-    with ExitStack() as stack:
-        for path, module in model.named_modules():
-            stack.enter_context(_hooked(path, module, note))
-        yield
-
-
-@contextmanager
-def _hooked(
-    path: str, module: torch.nn.Module, note: Callable[[str, Port, Any], None]
-) -> Iterator[None]:
-    before = module.register_forward_pre_hook(
-        lambda _, args, kwargs: note(path, "input", leaves.inputs(args, kwargs)), with_kwargs=True
-    )
-    after = module.register_forward_hook(lambda _, args, output: note(path, "output", output))
-    try:
-        yield
-    finally:
-        before.remove()
-        after.remove()
 
 
 def _run_padded(model: PreTrainedModel, batch: int, sequence: int) -> None:
@@ -256,7 +216,7 @@ def _run_padded(model: PreTrainedModel, batch: int, sequence: int) -> None:
 
 def _run_packed(model: PreTrainedModel, tokens: int) -> None:
     ids = torch.zeros(1, tokens, dtype=torch.long, device="meta")
-    with attending([Segments(0, 1, tokens)]):
+    with attending(AttentionLayout([Segments(0, 1, tokens)])):
         adapter.run_packed(model, ids, ids.clone())
 
 
@@ -264,5 +224,5 @@ def _attention_paths(model: PreTrainedModel) -> frozenset[str]:
     ids = torch.zeros(1, 2, dtype=torch.long, device="meta")
     with attending(None) as record, torch.no_grad():
         adapter.run_padded(model, ids, ids.clone(), ids.clone())
-    attended = set(map(id, record.modules))
+    attended = {id(one.module) for one in record.attended}
     return frozenset(path for path, module in model.named_modules() if id(module) in attended)

@@ -17,9 +17,13 @@ import torch
 
 from ndif_actor.engine import leaves
 from ndif_actor.engine.execution import Execution
-from ndif_actor.engine.hookpoints import HookTable, Moment
+from ndif_actor.engine.hookpoints import HookTable
+from ndif_actor.engine.moments import Moment
 from ndif_actor.engine.program import BEFORE_FORWARD
 from ndif_client.wire.graph import Port
+
+#: After every moment, so that a forward which must reach it returns what it computes.
+END_OF_FORWARD = 1 << 30
 
 
 class ForwardComplete(BaseException):
@@ -29,25 +33,41 @@ class ForwardComplete(BaseException):
 class Interleaver:
     """Runs the executions of one pass at their moments."""
 
-    def __init__(self, model: torch.nn.Module, table: HookTable, groups: list[Execution]) -> None:
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        table: HookTable,
+        groups: list[Execution],
+        at_least: int = BEFORE_FORWARD,
+    ) -> None:
+        """Prepare a pass.
+
+        Args:
+            model: the shard.
+            table: its hook points.
+            groups: in the order they are woken.
+            at_least: order of the moment that the forward must reach, whatever the programs need.
+        """
         self._model = model
         self._groups = groups
         self._orders = {
-            moment: table.moments[moment] for group in groups for moment in group.program.moments()
+            moment: table.moments[moment] for group in groups for moment in group.plan.moments()
         }
-        self._last = max((group.program.last for group in groups), default=BEFORE_FORWARD)
+        self._last = max((group.plan.last for group in groups), default=BEFORE_FORWARD)
+        if at_least > self._last:
+            self._last = at_least
+            self._orders.update((m, at) for m, at in table.moments.items() if at == at_least)
         self._calls: Counter[tuple[str, Port]] = Counter()
         self._paused = False
 
     @property
     def needs_forward(self) -> bool:
-        """Whether any program waits for something of the forward."""
+        """Whether anybody waits for something of the forward."""
         return self._last > BEFORE_FORWARD
 
-    def begin(self) -> None:
-        """Run the nodes that need nothing from the forward."""
-        for group in self._groups:
-            group.run(BEFORE_FORWARD, None)
+    def paused(self) -> bool:
+        """Whether a program calls a module now."""
+        return self._paused
 
     @contextmanager
     def hooked(self) -> Iterator[None]:

@@ -12,7 +12,8 @@ import msgspec
 import torch
 import torch.distributed as dist
 
-from ndif_actor.engine.hookpoints import Moment, Site
+from ndif_actor.engine.hookpoints import Site
+from ndif_actor.engine.moments import Moment
 from ndif_actor.errors import ModelError
 from ndif_client.wire.graph import HookPoint
 
@@ -63,6 +64,12 @@ class ShardGroup:
             start = sum(layout.sizes[: self.rank]) // layout.parts
             pieces.append(part.narrow(axis, start, layout.sizes[self.rank] // layout.parts))
         return torch.cat(pieces, axis) if layout.parts > 1 else pieces[0]
+
+    def broadcast(self, values: torch.Tensor) -> torch.Tensor:
+        """Return rank 0's values; all ranks have as many."""
+        values = values.contiguous()
+        dist.broadcast(values, group_src=0, group=self._group)
+        return values
 
     def sizes_of(self, sizes: list[int]) -> list[list[int]]:
         """Exchange a list of numbers; return every rank's."""

@@ -11,9 +11,12 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedModel
 
-from ndif_actor.engine import adapter, leaves, ops
+from ndif_actor.engine import adapter, ops
 from ndif_actor.engine.attention import attending
-from ndif_actor.engine.batch import pack, pad
+from ndif_actor.engine.batch import Feeding, pack, pack_prompts, pad
+from ndif_actor.engine.depth import Strand
+from ndif_actor.engine.layers import LayerStack
+from ndif_actor.engine.stages import changing_stages
 from ndif_actor.errors import ModelError
 
 #: Largest relative error of the logits that rounding may explain, in single and in half precision.
@@ -41,6 +44,47 @@ def packing_fault(model: PreTrainedModel, vocab_size: int, device: torch.device)
         return "a prompt in a packed row does not get the logits it gets alone"
     if not _distance(shared, elsewhere) <= _tolerance(model) / 10:
         return "the logits of a prompt depend on its neighbours in a packed row"
+    return None
+
+
+def depth_fault(
+    model: PreTrainedModel, layers: LayerStack, vocab_size: int, device: torch.device
+) -> str | None:
+    """Return why a packed row can't be laid out anew between this model's layers, or None.
+
+    On the meta device only what fails is found. All ranks must call it together; they reach the
+    same answer.
+    """
+    short, long, twin = _prompts(vocab_size, (3, 5, 4))
+    middle = max(1, layers.tail // 2)
+    strands = [
+        Strand(length=3, last=middle - 1),
+        Strand(length=5, last=layers.tail, tail=(4,)),
+        Strand(length=4, last=layers.tail, fork=middle, family="twin"),
+        Strand(length=4, last=layers.tail, family="twin"),
+    ]
+    prompts = (short, long, twin, twin)
+    feedings = [Feeding(ids, strand) for ids, strand in zip(prompts, strands, strict=True)]
+    batch = pack(feedings, layers.tail, device)
+    assert batch.packing is not None
+    try:
+        with (
+            torch.inference_mode(),
+            attending(None) as record,
+            changing_stages(model, layers, batch.packing, record),
+        ):
+            output = adapter.run_packed(model, batch.input_ids, batch.position_ids)
+    except ops.REFUSALS as error:
+        return f"its forward fails when rows leave it: {error}"
+    if device.type == "meta":
+        return None
+    got = _logits(output)[0]
+    wanted = [_packed_logits(model, [ids], device) for ids in (twin, twin, long)]
+    wanted[2] = wanted[2][-1:]
+    if got.shape != torch.cat(wanted).shape:
+        return "not every row that leaves it is gone"
+    if not _distance(got, torch.cat(wanted)) <= _tolerance(model) / 10:
+        return "rows that leave it change what the others get"
     return None
 
 
@@ -82,7 +126,7 @@ def _padded_logits(
     model: PreTrainedModel, prompts: Sequence[list[int]], device: torch.device
 ) -> torch.Tensor:
     """Return the logits `[length, vocabulary]` of the first prompt."""
-    batch = pad([[prompts]], device)
+    batch, _ = pad([[prompts]], device)
     assert batch.attention_mask is not None
     with torch.inference_mode(), attending(None):
         output = adapter.run_padded(
@@ -95,8 +139,9 @@ def _packed_logits(
     model: PreTrainedModel, prompts: Sequence[list[int]], device: torch.device
 ) -> torch.Tensor:
     """Return the logits `[length, vocabulary]` of the first prompt."""
-    batch = pack([[[ids]] for ids in prompts], device)
-    with torch.inference_mode(), attending(batch.segments):
+    batch = pack_prompts(prompts, device)
+    assert batch.packing is not None
+    with torch.inference_mode(), attending(batch.packing.layouts[0]):
         output = adapter.run_packed(model, batch.input_ids, batch.position_ids)
     start = sum(len(ids) for ids in prompts if len(ids) < len(prompts[0]))
     return _logits(output)[0, start : start + len(prompts[0])]
@@ -108,7 +153,7 @@ def _tolerance(model: PreTrainedModel) -> float:
 
 
 def _logits(output: object) -> torch.Tensor:
-    return dict(leaves.walk(output))["logits"].float()
+    return adapter.logits(output).float()
 
 
 def _distance(a: torch.Tensor, b: torch.Tensor) -> float:

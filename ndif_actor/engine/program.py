@@ -1,24 +1,34 @@
 """A program: a graph put in the order the forward will run it, or refused.
 
 Each node runs at the latest hook point it depends on, in program order there; nodes that depend
-on none run where they are first needed. A value is freed after its last use. Pure: no tensors.
+on none run where they are first needed. A value is freed after its last use. Values of an earlier
+step of a generation are there from the beginning of a step. Pure: no tensors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import msgspec
 
-from ndif_actor.engine.hookpoints import HookTable, Moment, Site
+from ndif_actor.engine.depth import NEVER
+from ndif_actor.engine.hookpoints import HookTable, Site
+from ndif_actor.engine.moments import Moment
 from ndif_actor.errors import RequestError
 from ndif_client.wire.graph import (
+    PREFILL,
+    Apply,
+    Argument,
     CallModule,
+    Dots,
     Graph,
     HookPoint,
-    Node,
+    Items,
     ReadHook,
+    Ref,
     Save,
+    Slice,
+    Steps,
     WriteHook,
     references,
 )
@@ -27,54 +37,254 @@ from ndif_client.wire.messages import Fault
 #: Order of nodes that need nothing from the forward.
 BEFORE_FORWARD = -1
 
+#: Plans of a program that are kept; most have one or two.
+_PLANS = 64
 
-class Program(msgspec.Struct, frozen=True, kw_only=True):
-    """What to run at each moment of the forward.
+
+class Reach(msgspec.Struct, frozen=True):
+    """What a step needs of the rows of one invoke.
 
     Attributes:
-        graph: the checked graph.
-        steps: node numbers by the order of their moment, each list in program order.
-        dies: for each node, the earlier nodes whose values are last used by it.
-        last: order of the last moment it needs; BEFORE_FORWARD if it needs no forward at all.
-        sites: the site of each hook point it touches.
-        outlives: nodes whose value is used after the moment that makes it.
+        last: the last region in which they are read or written; -1 at least.
+        first_write: the region of the first write; NEVER if there is none.
+        tail: indices into the token axis that are needed in the tail; None for all of it.
     """
 
-    graph: Graph
-    steps: dict[int, list[int]]
-    dies: list[list[int]]
     last: int
-    sites: dict[HookPoint, Site]
+    first_write: int
+    tail: tuple[int | Slice, ...] | None
+
+
+class StepPlan(msgspec.Struct, frozen=True, kw_only=True):
+    """What to run in one forward.
+
+    Attributes:
+        nodes: node numbers by the order of their moment, each list in program order.
+        dies: for each node, the values of this step that it uses last.
+        last: order of the last moment it needs; BEFORE_FORWARD if it needs no forward at all.
+        outlives: nodes whose value is used after the moment that makes it.
+        reach: for each invoke.
+        touched: the hook points it reads and writes.
+    """
+
+    nodes: dict[int, list[int]]
+    dies: dict[int, list[int]]
+    last: int
     outlives: frozenset[int]
+    reach: list[Reach]
+    touched: frozenset[HookPoint]
 
     def moments(self) -> set[Moment]:
         """The moments at which this program must be woken."""
-        return {Moment(point.path, point.port, point.call) for point in self.sites}
+        return {Moment(point.path, point.port, point.call) for point in self.touched}
 
 
-def compile_graph(graph: Graph, table: HookTable, num_invokes: int) -> Program:
-    """Order a graph's nodes along the forward.
+class Program:
+    """A checked graph.
+
+    Attributes:
+        graph: as it came.
+        sites: the site of each hook point it touches.
+        kept: for each value that later steps use, the last of these; None for no end.
+    """
+
+    def __init__(self, graph: Graph, table: HookTable, num_invokes: int) -> None:
+        self.graph = graph
+        self.num_invokes = num_invokes
+        self._uses = [references(node) for node in graph.nodes]
+        _check_shape(graph, self._uses, num_invokes)
+        self.sites = _find_sites(graph, table)
+        self.kept = _check_steps(graph, self._uses)
+        self._layers = table.layers
+        self._in_block: dict[int, list[int]] = {}
+        for number in range(len(graph.nodes)):
+            self._in_block.setdefault(self._block(number), []).append(number)
+        self._plans: dict[tuple[int, ...], StepPlan] = {}
+        for step in self.first_steps():
+            self.at(step)
+
+    def first_steps(self) -> list[int]:
+        """Return the steps at which something runs for the first time, the prefill always."""
+        return sorted({0, *(steps.start for steps in self.blocks())})
+
+    def blocks(self) -> list[Steps]:
+        """Return the steps of every block that has nodes."""
+        return [self._steps(block) for block in self._in_block]
+
+    def at(self, step: int) -> StepPlan:
+        """Return what to run at one step.
+
+        Raises:
+            RequestError: a write needs a value that does not exist yet.
+        """
+        active = tuple(block for block in self._in_block if step in self._steps(block))
+        plan = self._plans.get(active)
+        if plan is None:
+            if len(self._plans) >= _PLANS:
+                self._plans.clear()
+            plan = self._plans[active] = self._plan(active)
+        return plan
+
+    def touches_after_prefill(self) -> bool:
+        """Whether any step but the first reads or writes a hook point."""
+        return any(
+            isinstance(node, ReadHook | WriteHook) and self.graph.steps_of(number) != PREFILL
+            for number, node in enumerate(self.graph.nodes)
+        )
+
+    # ------------------------------------------------------------ one step
+
+    def _block(self, number: int) -> int:
+        return self.graph.during[number] if self.graph.during else 0
+
+    def _steps(self, block: int) -> Steps:
+        return self.graph.steps[block] if self.graph.during else PREFILL
+
+    def _plan(self, active: tuple[int, ...]) -> StepPlan:
+        numbers = sorted(number for block in active for number in self._in_block[block])
+        orders = self._orders(numbers)
+        nodes: dict[int, list[int]] = {}
+        for number in numbers:
+            nodes.setdefault(orders[number], []).append(number)
+        dies, outlives = self._lifetimes(nodes, orders)
+        hooked = [n for n in numbers if isinstance(self.graph.nodes[n], ReadHook | WriteHook)]
+        return StepPlan(
+            nodes=nodes,
+            dies=dies,
+            last=max(nodes, default=BEFORE_FORWARD),
+            outlives=outlives,
+            reach=self._reach(hooked, numbers),
+            touched=frozenset(self.graph.nodes[n].hook for n in hooked),  # type: ignore[union-attr]
+        )
+
+    def _orders(self, numbers: Sequence[int]) -> dict[int, int]:
+        """Return for each node the order of the moment it runs at."""
+        nodes = self.graph.nodes
+        orders: dict[int, int] = {}
+        latest: dict[int, int | None] = {}
+        for number in numbers:
+            node = nodes[number]
+            used = [n for n in self._uses[number] if n in orders]
+            # The read that makes a value late is remembered, to be named when it is too late.
+            late = max(used, key=orders.__getitem__, default=None)
+            order = orders[late] if late is not None else BEFORE_FORWARD
+            culprit = latest[late] if late is not None else None
+            if isinstance(node, ReadHook):
+                order, culprit = self.sites[node.hook].order, number
+            elif isinstance(node, WriteHook):
+                target = self.sites[node.hook].order
+                if order > target:
+                    _refuse_late(self.graph, number, node, culprit)
+                order = target
+            orders[number] = order
+            latest[number] = culprit
+        self._postpone(numbers, orders)
+        return orders
+
+    def _postpone(self, numbers: Sequence[int], orders: dict[int, int]) -> None:
+        """Move nodes that need nothing from the forward to where they are first used."""
+        first_use: dict[int, int] = {}
+        for number in reversed(numbers):
+            node = self.graph.nodes[number]
+            movable = not isinstance(node, Save) and number not in self.kept
+            if orders[number] == BEFORE_FORWARD and movable:
+                orders[number] = first_use.get(number, BEFORE_FORWARD)
+            for used in self._uses[number]:
+                first_use[used] = min(first_use.get(used, orders[number]), orders[number])
+
+    def _lifetimes(
+        self, nodes: dict[int, list[int]], orders: dict[int, int]
+    ) -> tuple[dict[int, list[int]], frozenset[int]]:
+        """Return what dies at each node, and which values outlive the moment that makes them."""
+        last_use: dict[int, int] = {}
+        outlives = {number for number in orders if number in self.kept}
+        for order in sorted(nodes):
+            for number in nodes[order]:
+                for used in self._uses[number]:
+                    if used not in orders or used in self.kept:
+                        continue
+                    last_use[used] = number
+                    if orders[used] != order:
+                        outlives.add(used)
+        dies: dict[int, list[int]] = {}
+        for used, number in last_use.items():
+            dies.setdefault(number, []).append(used)
+        return dies, frozenset(outlives)
+
+    # ------------------------------------------------------------ depth
+
+    def _reach(self, hooked: Sequence[int], numbers: Sequence[int]) -> list[Reach]:
+        last = [-1] * self.num_invokes
+        first_write = [NEVER] * self.num_invokes
+        tail: list[set[int | Slice] | None] = [set() for _ in range(self.num_invokes)]
+        if self._layers is None:
+            return [Reach(0, -1, None)] * self.num_invokes
+        users = self._users(numbers)
+        for number in hooked:
+            node = self.graph.nodes[number]
+            assert isinstance(node, ReadHook | WriteHook)
+            site, invoke = self.sites[node.hook], node.invoke
+            region = self._layers.region(site.order)
+            last[invoke] = max(last[invoke], region)
+            if isinstance(node, WriteHook):
+                first_write[invoke] = min(first_write[invoke], region)
+            if region == self._layers.tail:
+                needed = self._needed(number, site, users.get(number, []))
+                found = tail[invoke]
+                tail[invoke] = None if found is None or needed is None else found | needed
+        return [
+            Reach(region, write, None if need is None else tuple(need))
+            for region, write, need in zip(last, first_write, tail, strict=True)
+        ]
+
+    def _users(self, numbers: Sequence[int]) -> dict[int, list[int]]:
+        users: dict[int, list[int]] = {}
+        for number in numbers:
+            for used in self._uses[number]:
+                users.setdefault(used, []).append(number)
+        return users
+
+    def _needed(
+        self, number: int, site: Site, users: Sequence[int]
+    ) -> frozenset[int | Slice] | None:
+        """Return the indices into the token axis that all users of a read look at; None for all."""
+        if isinstance(self.graph.nodes[number], WriteHook) or number in self.kept:
+            return None
+        needed: set[int | Slice] = set()
+        for user in users:
+            node = self.graph.nodes[user]
+            if not isinstance(node, Apply) or node.op != "getitem" or len(node.args) != 2:
+                return None
+            if not isinstance(node.args[0], Ref) or node.args[0].node != number:
+                return None
+            index = _token_index(node.args[1], site)
+            if index is None:
+                return None
+            needed.add(index)
+        return frozenset(needed)
+
+
+def compile_graph(graph: Graph, table: HookTable, num_invokes: int, num_steps: int = 1) -> Program:
+    """Check a graph and order its nodes along the forward.
+
+    Args:
+        graph: as it came.
+        table: the model's hook points.
+        num_invokes: how many invokes the request has.
+        num_steps: how many steps it may take; 1 for a trace.
 
     Raises:
         RequestError: the graph can never run: a reference to a later node, an unknown hook point,
-            a module that can't be called, or a write of a value that does not exist yet.
+            a module that can't be called, a write of a value that does not exist yet, or a step
+            that is never made.
     """
-    uses = [references(node) for node in graph.nodes]
-    _check_shape(graph, uses, num_invokes)
-    sites = _find_sites(graph, table)
-    orders = _orders(graph, uses, sites)
-    steps: dict[int, list[int]] = {}
-    for number, order in enumerate(orders):
-        steps.setdefault(order, []).append(number)
-    dies, outlives = _lifetimes(uses, orders, steps)
-    return Program(
-        graph=graph,
-        steps=steps,
-        dies=dies,
-        last=max(steps, default=BEFORE_FORWARD),
-        sites=sites,
-        outlives=outlives,
-    )
+    program = Program(graph, table, num_invokes)
+    for number in range(len(graph.nodes)):
+        steps = graph.steps_of(number)
+        if steps.start >= num_steps:
+            made = "a trace has step 0 only" if num_steps == 1 else f"there are {num_steps}"
+            raise graph_fault(graph, number, f"{steps} will never be made: {made}")
+    return program
 
 
 def graph_fault(graph: Graph, node: int, message: str, other: int | None = None) -> RequestError:
@@ -106,6 +316,37 @@ def _check_shape(graph: Graph, uses: Sequence[Sequence[int]], num_invokes: int) 
             raise graph_fault(
                 graph, number, f"invoke {node.invoke} does not exist; there are {num_invokes}"
             )
+
+
+def _check_steps(graph: Graph, uses: Sequence[Sequence[int]]) -> dict[int, int | None]:
+    """Check which steps' values are used where; return which are kept, and until which step."""
+    if not graph.during:
+        return {}
+    if len(graph.during) != len(graph.nodes) or max(graph.during) >= len(graph.steps):
+        raise RequestError(Fault(kind="graph", message="not every node has its steps"))
+    for steps in graph.steps:
+        if steps.stop is not None and steps.stop <= steps.start:
+            raise RequestError(Fault(kind="graph", message=f"{steps} are none at all"))
+    kept: dict[int, int | None] = {}
+    for number in range(len(graph.nodes)):
+        own = graph.steps_of(number)
+        for used in uses[number]:
+            other = graph.steps_of(used)
+            if graph.during[used] == graph.during[number]:
+                continue
+            if other.single and other.start <= own.start:
+                last = own.last
+                known = kept.get(used, last)
+                kept[used] = None if last is None or known is None else max(known, last)
+            elif not other.includes(own):
+                raise graph_fault(
+                    graph,
+                    number,
+                    f"at {own} there is no one value of {other}: a value can be used in its own "
+                    "step, and one of a single step also later",
+                    used,
+                )
+    return kept
 
 
 def _find_sites(graph: Graph, table: HookTable) -> dict[HookPoint, Site]:
@@ -141,29 +382,6 @@ def _check_callable(graph: Graph, number: int, node: CallModule, table: HookTabl
         )
 
 
-def _orders(graph: Graph, uses: Sequence[Sequence[int]], sites: dict[HookPoint, Site]) -> list[int]:
-    """Return for each node the order of the moment it runs at."""
-    nodes = graph.nodes
-    orders: list[int] = []
-    latest: list[int | None] = []
-    for number, node in enumerate(nodes):
-        used = uses[number]
-        # The read that makes a value late is remembered, to be named when it is too late.
-        late = max(used, key=lambda n: orders[n], default=None)
-        order = orders[late] if late is not None else BEFORE_FORWARD
-        culprit = latest[late] if late is not None else None
-        if isinstance(node, ReadHook):
-            order, culprit = sites[node.hook].order, number
-        elif isinstance(node, WriteHook):
-            target = sites[node.hook].order
-            if order > target:
-                _refuse_late(graph, number, node, culprit)
-            order = target
-        orders.append(order)
-        latest.append(culprit)
-    return _postponed(nodes, uses, orders)
-
-
 def _refuse_late(graph: Graph, number: int, node: WriteHook, culprit: int | None) -> None:
     read = graph.nodes[culprit] if culprit is not None else None
     where = str(read.hook) if isinstance(read, ReadHook) else "a later hook point"
@@ -176,32 +394,18 @@ def _refuse_late(graph: Graph, number: int, node: WriteHook, culprit: int | None
     )
 
 
-def _postponed(
-    nodes: Sequence[Node], uses: Sequence[Sequence[int]], orders: list[int]
-) -> list[int]:
-    """Move nodes that need nothing from the forward to where they are first used."""
-    first_use: dict[int, int] = {}
-    for number in range(len(nodes) - 1, -1, -1):
-        if orders[number] == BEFORE_FORWARD and not isinstance(nodes[number], Save):
-            orders[number] = first_use.get(number, BEFORE_FORWARD)
-        for used in uses[number]:
-            first_use[used] = min(first_use.get(used, orders[number]), orders[number])
-    return orders
-
-
-def _lifetimes(
-    uses: Sequence[Sequence[int]], orders: list[int], steps: dict[int, list[int]]
-) -> tuple[list[list[int]], frozenset[int]]:
-    """Return what dies at each node, and which values outlive the moment that makes them."""
-    last_use: dict[int, int] = {}
-    outlives = set()
-    for order in sorted(steps):
-        for number in steps[order]:
-            for used in uses[number]:
-                last_use[used] = number
-                if orders[used] != order:
-                    outlives.add(used)
-    dies: list[list[int]] = [[] for _ in uses]
-    for used, number in last_use.items():
-        dies[number].append(used)
-    return dies, frozenset(outlives)
+def _token_index(index: Argument, site: Site) -> int | Slice | None:
+    """Return what an index takes of the token axis; None if that can't be told, or is all."""
+    if site.batch_axis is None:
+        return None
+    items: Iterable[Argument] = index.values if isinstance(index, Items) else [index]
+    expanded: list[Argument] = []
+    rest = len(site.shape) - sum(not isinstance(item, Dots) for item in items)
+    for item in items:
+        expanded += [Slice()] * rest if isinstance(item, Dots) else [item]
+    if not all(isinstance(i, Slice) or type(i) is int for i in expanded):
+        return None
+    if len(expanded) <= site.token_axis:
+        return None
+    found = expanded[site.token_axis]
+    return None if found == Slice() else found  # type: ignore[return-value]

@@ -36,21 +36,23 @@ class SaveBuffers:
 
 
 class GroupSaves:
-    """What one group has saved so far."""
+    """What one group has saved in one pass, at one step."""
 
-    def __init__(self, graph: Graph, buffers: SaveBuffers) -> None:
+    def __init__(self, graph: Graph, step: int, buffers: SaveBuffers) -> None:
         self.tensors: list[SavedTensor] = []
         self.tuples: list[SavedTuple] = []
         self._graph = graph
+        self._step = step
         self._buffers = buffers
 
     def __call__(self, node: Save, number: int, value: Value) -> None:
         """Copy the value that `node`, the graph's node of that number, saves."""
         if isinstance(value, torch.Tensor):
-            self.tensors.append(SavedTensor(number, node.name, self._buffers.put(value)))
+            saved = self._buffers.put(value)
+            self.tensors.append(SavedTensor(number, node.name, saved, self._step))
             return
         items = [self._buffers.put(item) for item in value]
-        self.tuples.append(SavedTuple(number, node.name, self._fields(node), items))
+        self.tuples.append(SavedTuple(number, node.name, self._fields(node), items, self._step))
 
     def _fields(self, node: Save) -> list[str]:
         made_by = self._graph.nodes[node.value.node]

@@ -6,7 +6,7 @@ here, at admission, with the user's line.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -25,6 +25,7 @@ from ndif_client.wire.graph import (
     Parameter,
     ReadHook,
     Save,
+    Steps,
     WriteHook,
 )
 
@@ -47,40 +48,93 @@ class Price(msgspec.Struct, frozen=True, kw_only=True):
     flops: int
 
 
-def infer(program: Program, model: PreTrainedModel, lengths: Sequence[Sequence[int]]) -> list[Any]:
-    """Return the meta value of each node (None for writes and saves).
+class Shapes(msgspec.Struct, frozen=True):
+    """The meta value of each node (None for writes and saves), by node number.
+
+    Attributes:
+        prefill: at step 0, where a prompt has all its tokens.
+        decode: at any later step, where each sequence has one.
+    """
+
+    prefill: dict[int, Any]
+    decode: dict[int, Any]
+
+    def at(self, step: int) -> dict[int, Any]:
+        """Return what is known at a step, values of earlier steps included."""
+        return self.prefill if step == 0 else {**self.prefill, **self.decode}
+
+
+def infer(
+    program: Program,
+    model: PreTrainedModel,
+    lengths: Sequence[Sequence[int]],
+    num_steps: int = 1,
+) -> Shapes:
+    """Find the shape and dtype of every value.
 
     Args:
         program: the compiled graph.
         model: the model without weights.
         lengths: tokens of each prompt, per invoke.
+        num_steps: steps it may take; 1 for a trace.
 
     Raises:
         RequestError: torch refuses a node, or a write does not fit its hook point.
     """
-    values: list[Any] = []
-    with torch.no_grad(), _OneDtype():
-        for number, node in enumerate(program.graph.nodes):
-            try:
-                values.append(_infer(node, program, model, lengths, values))
-            except ops.REFUSALS as error:
-                message = f"{_describe(node, values)}: {_first_line(error)}"
-                raise graph_fault(program.graph, number, message) from None
-    return values
+    graph = program.graph
+    shapes = Shapes({}, {})
+    single = [[1] * len(prompts) for prompts in lengths]
+    for step in _representatives(program, num_steps):
+        known = shapes.at(step)
+        new = shapes.prefill if step == 0 else shapes.decode
+        for number, node in enumerate(graph.nodes):
+            steps = graph.steps_of(number)
+            if step not in steps or number in new:
+                continue
+            with torch.no_grad(), _OneDtype():
+                try:
+                    value = _infer(node, program, model, single if step else lengths, known)
+                except ops.REFUSALS as error:
+                    message = f"{_describe(node, known)}: {_first_line(error)}"
+                    raise graph_fault(graph, number, message) from None
+            known[number] = new[number] = value
+    return shapes
 
 
-def price(program: Program, values: Sequence[Any], lengths: Sequence[Sequence[int]]) -> Price:
+def price(
+    program: Program, shapes: Shapes, lengths: Sequence[Sequence[int]], num_steps: int = 1
+) -> Price:
     """Add up what a program makes and saves."""
     saved = value_bytes = flops = 0
-    for node, value in zip(program.graph.nodes, values, strict=True):
+    for number, node in enumerate(program.graph.nodes):
+        later = _count(program.graph.steps_of(number), num_steps)
+        own = [
+            (known, known[number], times)
+            for known, times in ((shapes.prefill, 1), (shapes.at(1), later))
+            if times and number in known
+        ]
         if isinstance(node, Save):
-            saved += _bytes(values[node.value.node])
+            saved += sum(_bytes(known[node.value.node]) * times for known, _, times in own)
             continue
-        value_bytes += _bytes(value)
-        flops += _flops(node, value, values)
+        value_bytes += max((_bytes(value) for _, value, _ in own), default=0)
+        flops += sum(_flops(node, value, known) * times for known, value, times in own)
     return Price(
         tokens=sum(map(sum, lengths)), saved_bytes=saved, value_bytes=value_bytes, flops=flops
     )
+
+
+def _representatives(program: Program, num_steps: int) -> list[int]:
+    """Return steps after which every node has been seen, at the prefill and at a later step."""
+    second = {steps.start + steps.stride for steps in program.blocks() if 0 in steps}
+    steps = {*program.first_steps(), *second}
+    return sorted(step for step in steps if step < num_steps)
+
+
+def _count(steps: Steps, num_steps: int) -> int:
+    """Return how many of the steps come after the prefill."""
+    stop = num_steps if steps.stop is None else min(steps.stop, num_steps)
+    first = steps.start or steps.stride
+    return len(range(first, stop, steps.stride))
 
 
 def _infer(
@@ -88,7 +142,7 @@ def _infer(
     program: Program,
     model: PreTrainedModel,
     lengths: Sequence[Sequence[int]],
-    values: list[Any],
+    values: dict[int, Any],
 ) -> Any:
     match node:
         case ReadHook():
@@ -235,7 +289,7 @@ def _unknown_op(name: str) -> str:
     return f"{name!r} is not in the catalogue of operations{hint}"
 
 
-def _describe(node: Node, values: Sequence[Any]) -> str:
+def _describe(node: Node, values: Mapping[int, Any]) -> str:
     match node:
         case Apply(op=op):
             return f"{op}({_shapes(node, values)})"
@@ -249,7 +303,7 @@ def _describe(node: Node, values: Sequence[Any]) -> str:
             return type(node).__name__
 
 
-def _shapes(node: Apply | CallModule, values: Sequence[Any]) -> str:
+def _shapes(node: Apply | CallModule, values: Mapping[int, Any]) -> str:
     args, kwargs = arguments(node, values.__getitem__)
     shown = [_shown(value) for value in args]
     return ", ".join([*shown, *(f"{name}={_shown(value)}" for name, value in kwargs.items())])
@@ -278,7 +332,7 @@ def _bytes(value: Any) -> int:
     return sum(map(_bytes, value)) if isinstance(value, tuple) else 0
 
 
-def _flops(node: Node, value: Any, values: Sequence[Any]) -> int:
+def _flops(node: Node, value: Any, values: Mapping[int, Any]) -> int:
     """A coarse count: 2mnk for contractions, one operation per element otherwise."""
     if not isinstance(node, Apply) or CATALOGUE[node.op].cost == "free":
         return 0

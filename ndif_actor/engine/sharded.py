@@ -53,6 +53,10 @@ class ShardedModel:
         layout = self._layouts.get(point)
         return whole if layout is None else self._group.slice(whole, layout)
 
+    def agreed(self, values: torch.Tensor) -> torch.Tensor:
+        """Return rank 0's values, so that no rank goes another way for a rounding of its own."""
+        return _together(lambda: self._group.broadcast(values)) if self.is_sharded else values
+
     def call(self, path: str, args: list[Any], kwargs: dict[str, Any]) -> ops.Value:
         """Apply a module to full values and return its full output.
 

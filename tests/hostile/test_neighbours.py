@@ -23,20 +23,21 @@ POISONS = (float("nan"), float("inf"), float("-inf"), 1e30, 0.0)
 MIXTURES = ("qwen3_moe",)
 
 
-def harmless(points: Sequence[HookPoint]) -> Request:
+def neighbour(points: Sequence[HookPoint], value: float | None, sharing: int = 1) -> Request:
+    """Write `value` at all these hook points, or, where there is none, what was there before."""
     recorder = Recorder()
     for point in points:
-        recorder.save(recorder.read(point))
-    return Request(recorder, [[PROMPT]])
+        recorder.write(point, recorder.read(point) if value is None else value)
+    recorder.save(recorder.read("output[logits]"))
+    return Request(recorder, [[PROMPT]], sharing)
+
+
+def harmless(points: Sequence[HookPoint]) -> Request:
+    return neighbour(points, None)
 
 
 def poison(points: Sequence[HookPoint], value: float) -> Request:
-    """Write `value` at all these hook points."""
-    recorder = Recorder()
-    for point in points:
-        recorder.write(point, value)
-    recorder.save(recorder.read("output[logits]"))
-    return Request(recorder, [[PROMPT]])
+    return neighbour(points, value)
 
 
 def beside(engine: Engine, victims: Sequence[Request], neighbour: Request) -> list[Saved]:
@@ -88,9 +89,9 @@ def test_one_poisoned_hook_point_at_a_time_leaves_the_others_alone(load_engine: 
     engine = load_engine("qwen3")
     victims = [experiment(landmarks("qwen3")) for experiment in EXPERIMENTS[:4]]
     points = touchable(engine)
-    wanted = beside(engine, victims, harmless(points))
 
     for point in points:
+        wanted = beside(engine, victims, harmless([point]))
         found = beside(engine, victims, poison([point], float("nan")))
         for values, expected in zip(found, wanted, strict=True):
             assert_same_bits(values, expected)

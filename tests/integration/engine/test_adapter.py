@@ -43,10 +43,13 @@ def test_every_attention_module_of_a_block_attends_once(model_folder: MakeModel)
     model = adapter.build_without_weights(CONFIGS["gemma3"](), torch.float32)
     ids = torch.zeros(1, 4, dtype=torch.long, device="meta")
 
-    with attention.attending([attention.Segments(0, 1, 4)]) as record, torch.no_grad():
+    layout = attention.AttentionLayout([attention.Segments(0, 1, 4)])
+    with attention.attending(layout) as record, torch.no_grad():
         adapter.run_packed(model, ids, ids)
 
-    assert record.modules == [layer.self_attn for layer in model.model.layers]
+    assert [one.module for one in record.attended] == [
+        layer.self_attn for layer in model.model.layers
+    ]
 
 
 def test_the_tensor_parallel_plan_of_llama_is_the_one_layouts_were_learned_from() -> None:

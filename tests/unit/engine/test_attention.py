@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
 
-from ndif_actor.engine.attention import Segments, attending, ragged_attention
+from ndif_actor.engine.attention import AttentionLayout, Segments, attending, ragged_attention
 
 HEADS, DIM = 4, 6
 
@@ -74,7 +74,7 @@ def test_each_sequence_of_a_row_attends_as_it_does_alone(
     module = Attention(key_value_heads, causal=causal)
     tensors = row(key_value_heads)
 
-    with attending(SEGMENTS):
+    with attending(AttentionLayout(SEGMENTS)):
         output, weights = ragged_attention(module, *tensors, None, scaling=0.3, **options)
 
     assert weights is None
@@ -86,14 +86,14 @@ def test_each_sequence_of_a_row_attends_as_it_does_alone(
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), 1e30])
 def test_no_sequence_sees_a_bit_of_another(options: dict[str, Any], poison: float) -> None:
     module = Attention(2)
-    with attending(SEGMENTS):
+    with attending(AttentionLayout(SEGMENTS)):
         clean, _ = ragged_attention(module, *row(2), None, scaling=0.3, **options)
     for where in sequences():
         tensors = row(2)
         for tensor in tensors:
             tensor[:, :, where] = poison
 
-        with attending(SEGMENTS):
+        with attending(AttentionLayout(SEGMENTS)):
             output, _ = ragged_attention(module, *tensors, None, scaling=0.3, **options)
 
         others = torch.ones(TOTAL, dtype=torch.bool)
@@ -118,8 +118,8 @@ def test_outside_of_a_packed_pass_it_attends_as_transformers_does() -> None:
 def test_the_modules_that_attend_are_noted_in_order() -> None:
     first, second = Attention(4), Attention(4)
 
-    with attending(SEGMENTS) as record:
+    with attending(AttentionLayout(SEGMENTS)) as record:
         for module in (first, second, first):
             ragged_attention(module, *row(4), None, scaling=0.3)
 
-    assert record.modules == [first, second, first]
+    assert [one.module for one in record.attended] == [first, second, first]

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ndif_actor.engine.batch import Batch, pack, pad, padding_mask
+from ndif_actor.engine.batch import Batch, PackedRows, Rows, pack_prompts, pad, padding_mask
 from ndif_actor.engine.hookpoints import Site
 from ndif_client.wire.graph import HookPoint
 
@@ -93,8 +93,22 @@ def alone(prompts: list[list[int]], name: str) -> torch.Tensor:
     return torch.cat(rows, where.batch_axis or 0)
 
 
-def layouts(ids: list[list[list[list[int]]]]) -> list[Batch]:
-    return [pack(ids, CPU), pad(ids, CPU)]
+def packed(ids: list[list[list[list[int]]]]) -> tuple[Batch, list[list[Rows]]]:
+    batch = pack_prompts([p for invokes in ids for prompts in invokes for p in prompts], CPU)
+    assert batch.packing is not None
+    rows: list[list[Rows]] = []
+    first = 0
+    for invokes in ids:
+        rows.append([])
+        for prompts in invokes:
+            strands = range(first, first + len(prompts))
+            rows[-1].append(PackedRows(batch.packing, strands, list(map(len, prompts))))
+            first += len(prompts)
+    return batch, rows
+
+
+def layouts(ids: list[list[list[list[int]]]]) -> list[tuple[Batch, list[list[Rows]]]]:
+    return [packed(ids), pad(ids, CPU)]
 
 
 @every_tensor
@@ -104,9 +118,9 @@ def test_each_invoke_reads_its_own_tokens_as_if_it_ran_alone(name: str, groups: 
     ids = numbered(groups)
     where, compute = TENSORS[name]
 
-    for batch in layouts(ids):
+    for batch, all_rows in layouts(ids):
         tensor = compute(batch.input_ids)
-        for group, rows in zip(ids, batch.rows, strict=True):
+        for group, rows in zip(ids, all_rows, strict=True):
             for prompts, mine in zip(group, rows, strict=True):
                 assert torch.equal(mine.read(tensor, where), alone(prompts, name))
 
@@ -122,11 +136,11 @@ def test_a_write_changes_the_tokens_of_one_invoke_and_no_other(
     group = data.draw(st.integers(0, len(ids) - 1))
     invoke = data.draw(st.integers(0, len(ids[group]) - 1))
 
-    for batch in layouts(ids):
+    for batch, all_rows in layouts(ids):
         tensor = compute(batch.input_ids)
         written = -alone(ids[group][invoke], name) - 7  # its padding is not zero
 
-        batch.rows[group][invoke].write(tensor, where, written)
+        all_rows[group][invoke].write(tensor, where, written)
 
         own = torch.tensor([token for prompt in ids[group][invoke] for token in prompt])
         mine = torch.isin(batch.input_ids, own).long()
@@ -134,7 +148,7 @@ def test_a_write_changes_the_tokens_of_one_invoke_and_no_other(
         before = compute(batch.input_ids)
         assert torch.equal(tensor, torch.where(theirs, -before - 7, before))
         real = alone(ids[group][invoke], name) != 0
-        seen = batch.rows[group][invoke].read(tensor, where)
+        seen = all_rows[group][invoke].read(tensor, where)
         assert torch.equal(seen[real], written[real])
 
 
@@ -143,7 +157,7 @@ def test_a_write_changes_the_tokens_of_one_invoke_and_no_other(
 def test_a_packed_row_holds_each_token_once_with_its_position(groups: Lengths) -> None:
     ids = numbered(groups)
 
-    batch = pack(ids, CPU)
+    batch, _ = packed(ids)
 
     assert sorted(batch.input_ids[0].tolist()) == list(range(1, batch.input_ids.numel() + 1))
     positions = {
@@ -160,13 +174,14 @@ def test_a_packed_row_holds_each_token_once_with_its_position(groups: Lengths) -
 @settings(max_examples=40, deadline=None)
 def test_the_segments_of_a_packed_row_are_its_prompts(groups: Lengths) -> None:
     ids = numbered(groups)
-    batch = pack(ids, CPU)
+    batch, _ = packed(ids)
     row = batch.input_ids[0].tolist()
 
-    assert batch.segments is not None
+    assert batch.packing is not None
+    segments = batch.packing.layouts[0].fresh
     found = [
         row[start : start + segment.length]
-        for segment in batch.segments
+        for segment in segments
         for start in range(
             segment.start, segment.start + segment.count * segment.length, segment.length
         )
@@ -174,7 +189,7 @@ def test_the_segments_of_a_packed_row_are_its_prompts(groups: Lengths) -> None:
 
     prompts = [prompt for group in ids for invoke in group for prompt in invoke]
     assert sorted(found) == sorted(prompts)
-    assert len({segment.length for segment in batch.segments}) == len(batch.segments)
+    assert len({segment.length for segment in segments}) == len(segments)
 
 
 @given(groups=lengths)
@@ -182,7 +197,7 @@ def test_the_segments_of_a_packed_row_are_its_prompts(groups: Lengths) -> None:
 def test_a_padded_batch_is_an_ordinary_left_padded_one(groups: Lengths) -> None:
     ids = numbered(groups)
 
-    batch = pad(ids, CPU)
+    batch, _ = pad(ids, CPU)
 
     prompts = [prompt for group in ids for invoke in group for prompt in invoke]
     longest = max(map(len, prompts))
@@ -197,10 +212,10 @@ def test_a_padded_batch_is_an_ordinary_left_padded_one(groups: Lengths) -> None:
 
 
 def test_a_read_of_equally_long_prompts_copies_nothing() -> None:
-    batch = pack([[[[1, 2]]], [[[3, 4], [5, 6]]]], CPU)
+    _, rows = packed([[[[1, 2]]], [[[3, 4], [5, 6]]]])
     tensor = torch.zeros(1, 6, WIDTH)
 
-    view = batch.rows[1][0].read(tensor, TENSORS["hidden"][0])
+    view = rows[1][0].read(tensor, TENSORS["hidden"][0])
     tensor[:] = 5
 
     assert view.shape == (2, 2, WIDTH)
@@ -208,10 +223,10 @@ def test_a_read_of_equally_long_prompts_copies_nothing() -> None:
 
 
 def test_a_shard_of_a_tensor_is_read_at_its_own_width() -> None:
-    batch = pack([[[[1, 2], [3]]]], CPU)
+    _, rows = packed([[[[1, 2], [3]]]])
     shard = torch.ones(1, 3, 1)  # one of three columns is here
 
-    assert batch.rows[0][0].read(shard, TENSORS["hidden"][0]).shape == (2, 2, 1)
+    assert rows[0][0].read(shard, TENSORS["hidden"][0]).shape == (2, 2, 1)
 
 
 def test_the_mask_shows_where_the_padding_is() -> None:

@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 
-from ndif_actor.engine import hookpoints
-from ndif_actor.engine.hookpoints import HookTable, Moment
+from ndif_actor.engine import leaves
+from ndif_actor.engine.hookpoints import HookTable
 from ndif_actor.engine.interleaver import Interleaver, LiveMoment
+from ndif_actor.engine.moments import Moment, recording_moments
 from ndif_actor.engine.program import BEFORE_FORWARD
 from tests.requests import point
 
@@ -40,14 +41,16 @@ MOMENTS = [
     Moment("last", "output", 0),
     Moment("", "output", 0),
 ]
-TABLE = HookTable({}, {moment: order for order, moment in enumerate(MOMENTS)}, frozenset(), None)
+TABLE = HookTable(
+    {}, {moment: order for order, moment in enumerate(MOMENTS)}, frozenset(), None, None
+)
 
 
 class Program:
     """Stands where an execution does: notes what it sees, and writes if it is told to."""
 
     def __init__(self, *moments: Moment, write: float | None = None) -> None:
-        self.program = self
+        self.plan = self
         self.orders = [TABLE.moments[moment] for moment in moments]
         self.last = max(self.orders, default=BEFORE_FORWARD)
         self.write = write
@@ -61,7 +64,7 @@ class Program:
         if moment is None:
             self.woken.append((order, None))
         elif order in self.orders:
-            leaf = next(leaf for leaf, _ in hookpoints.leaves.walk(moment.structure))
+            leaf = next(leaf for leaf, _ in leaves.walk(moment.structure))
             self.woken.append((order, moment.tensor(leaf).clone()))
             if self.write is not None:
                 moment.writable(leaf).add_(self.write)
@@ -69,7 +72,8 @@ class Program:
 
 def forward(model: Twice, *programs: Program) -> torch.Tensor | None:
     interleaver = Interleaver(model, TABLE, list(programs))  # type: ignore[arg-type]
-    interleaver.begin()
+    for program in programs:
+        program.run(BEFORE_FORWARD, None)
     output = None
     with interleaver.hooked():
         output = model(torch.tensor([1.0]))
@@ -79,7 +83,7 @@ def forward(model: Twice, *programs: Program) -> torch.Tensor | None:
 def test_recording_a_forward_finds_every_moment_in_order() -> None:
     model, seen = Twice(), {}
 
-    with hookpoints.recording_moments(model, seen):
+    with recording_moments(model, seen):
         model(torch.tensor([1.0]))
 
     assert list(seen) == MOMENTS
@@ -152,10 +156,7 @@ def test_without_moments_no_forward_is_needed() -> None:
     program = Program()
     interleaver = Interleaver(Twice(), TABLE, [program])  # type: ignore[list-item]
 
-    interleaver.begin()
-
     assert not interleaver.needs_forward
-    assert program.woken == [(BEFORE_FORWARD, None)]
 
 
 # ---------------------------------------------------------------- writes

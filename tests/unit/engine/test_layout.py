@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ndif_actor.engine import layout
-from ndif_actor.engine.hookpoints import Moment, Site
+from ndif_actor.engine.hookpoints import Site
 from ndif_actor.engine.layout import Sharded, ShardGroup, learn_layouts
+from ndif_actor.engine.moments import Moment
 from ndif_actor.errors import ModelError
 from ndif_client.wire.graph import HookPoint
 

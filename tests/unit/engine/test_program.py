@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ndif_actor.engine.hookpoints import HookTable, Moment, Site
+from ndif_actor.engine.hookpoints import HookTable, Site
+from ndif_actor.engine.moments import Moment
 from ndif_actor.engine.program import BEFORE_FORWARD, Program, compile_graph
 from ndif_actor.errors import RequestError
 from ndif_client.wire.graph import (
@@ -50,6 +51,7 @@ def table() -> HookTable:
         sites={s.point: s for s in sites},
         moments={Moment(s.point.path, "output", 0): s.order for s in sites},
         attention=frozenset(["block.attention"]),
+        layers=None,
         unpackable=None,
     )
 
@@ -88,8 +90,8 @@ def test_a_node_runs_at_the_latest_hook_point_it_depends_on() -> None:
         ]
     )
 
-    assert program.steps == {1: [1, 2, 5], 3: [0, 3, 4]}
-    assert program.last == 3
+    assert program.at(0).nodes == {1: [1, 2, 5], 3: [0, 3, 4]}
+    assert program.at(0).last == 3
 
 
 def test_at_one_hook_point_nodes_run_in_the_order_they_were_written() -> None:
@@ -97,7 +99,7 @@ def test_at_one_hook_point_nodes_run_in_the_order_they_were_written() -> None:
         [ReadHook(at(2)), WriteHook(at(2), 0.0), ReadHook(at(2)), WriteHook(at(2), Ref(0))]
     )
 
-    assert program.steps == {2: [0, 1, 2, 3]}
+    assert program.at(0).nodes == {2: [0, 1, 2, 3]}
 
 
 def test_what_needs_nothing_from_the_forward_runs_where_it_is_first_used() -> None:
@@ -116,18 +118,18 @@ def test_what_needs_nothing_from_the_forward_runs_where_it_is_first_used() -> No
         ]
     )
 
-    assert program.steps == {BEFORE_FORWARD: [1, 3, 4], 2: [0, 2, 6, 8], 4: [5, 7]}
+    assert program.at(0).nodes == {BEFORE_FORWARD: [1, 3, 4], 2: [0, 2, 6, 8], 4: [5, 7]}
 
 
 def test_a_program_is_woken_only_where_it_reads_or_writes() -> None:
     program = compiled([ReadHook(at(1)), Apply("neg", [Ref(0)]), WriteHook(at(3), Ref(1))])
 
-    assert program.moments() == {Moment("1", "output", 0), Moment("3", "output", 0)}
+    assert program.at(0).moments() == {Moment("1", "output", 0), Moment("3", "output", 0)}
 
 
 def test_a_program_without_hook_points_needs_no_forward() -> None:
-    assert compiled([Parameter("weight"), Save(Ref(0))]).last == BEFORE_FORWARD
-    assert compiled([]).last == BEFORE_FORWARD
+    assert compiled([Parameter("weight"), Save(Ref(0))]).at(0).last == BEFORE_FORWARD
+    assert compiled([]).at(0).last == BEFORE_FORWARD
 
 
 # ---------------------------------------------------------------- lifetimes
@@ -144,8 +146,8 @@ def test_a_value_dies_at_its_last_use_in_the_order_of_the_forward() -> None:
         ]
     )
 
-    assert program.dies == [[], [], [0, 1], [], [3]]
-    assert program.outlives == {0}
+    assert program.at(0).dies == {2: [0, 1], 4: [3]}
+    assert program.at(0).outlives == {0}
 
 
 @st.composite
@@ -186,13 +188,13 @@ def test_every_value_is_there_when_it_is_used_and_gone_after_its_last_use(
         assert error.fault.other_source is not None
         return
 
-    ran = [number for order in sorted(program.steps) for number in program.steps[order]]
+    ran = [number for order in sorted(program.at(0).nodes) for number in program.at(0).nodes[order]]
     assert sorted(ran) == list(range(len(nodes)))
     alive: set[int] = set()
     for number in ran:
         used = set(references(nodes[number]))
         assert used <= alive
-        alive -= set(program.dies[number])
+        alive -= set(program.at(0).dies.get(number, ()))
         alive.add(number)
     unused = set(range(len(nodes))) - {used for node in nodes for used in references(node)}
     assert alive == unused
@@ -208,15 +210,15 @@ def test_reads_and_writes_happen_at_their_own_moment_and_nothing_before_it_can(
     except RequestError:
         return
 
-    order = {number: o for o, numbers in program.steps.items() for number in numbers}
+    order = {number: o for o, numbers in program.at(0).nodes.items() for number in numbers}
     for number, node in enumerate(nodes):
         if isinstance(node, ReadHook | WriteHook):
             assert order[number] == int(node.hook.path)
         for used in references(node):
             assert order[used] <= order[number]
             if order[used] < order[number]:
-                assert used in program.outlives
-    for numbers in program.steps.values():
+                assert used in program.at(0).outlives
+    for numbers in program.at(0).nodes.values():
         assert numbers == sorted(numbers)
 
 

@@ -48,7 +48,7 @@ def test_a_saved_value_does_not_follow_what_it_was_copied_from() -> None:
 
 def test_several_results_are_saved_under_their_names() -> None:
     buffers = SaveBuffers(allocate)
-    saves = GroupSaves(GRAPH, buffers)
+    saves = GroupSaves(GRAPH, 0, buffers)
 
     saves(Save(Ref(1), "top"), 2, tuple(torch.tensor([3.0, 5.0, 4.0]).topk(2)))
 
@@ -60,7 +60,7 @@ def test_several_results_are_saved_under_their_names() -> None:
 
 def test_groups_share_the_buffers_of_a_pass() -> None:
     buffers = SaveBuffers(allocate)
-    first, second = GroupSaves(GRAPH, buffers), GroupSaves(GRAPH, buffers)
+    first, second = GroupSaves(GRAPH, 0, buffers), GroupSaves(GRAPH, 0, buffers)
 
     first(Save(Ref(0)), 1, torch.tensor([1.0]))
     second(Save(Ref(0)), 1, torch.tensor([2.0]))

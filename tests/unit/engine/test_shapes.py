@@ -28,7 +28,7 @@ def inferred(recorder: Recorder) -> list[object]:
         (str(value.dtype).removeprefix("torch."), tuple(value.shape))
         if isinstance(value, torch.Tensor)
         else value
-        for value in shapes.infer(program, blueprint().model, LENGTHS)
+        for value in shapes.infer(program, blueprint().model, LENGTHS).prefill.values()
     ]
 
 
