@@ -53,7 +53,9 @@ def load_engine(model_folder: MakeModel) -> LoadEngine:
     def load(family: str, dtype: torch.dtype = torch.float64) -> Engine:
         folder = model_folder(family, dtype)
         name = str(dtype).removeprefix("torch.")
-        return Engine.load(folder, dtype=name, device="cpu", rank=0, world_size=1)
+        return Engine.load(
+            folder, dtype=name, device="cpu", rank=0, world_size=1, cache_bytes=1 << 24
+        )
 
     return load
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, DynamicCache
 
 from ndif_actor.engine import leaves, ops
 from ndif_client.wire.catalogue import CATALOGUE
@@ -72,6 +72,38 @@ class Oracle:
         assert not run.pending, f"never ran: {run.pending}"
         return run.saved
 
+    def generate(
+        self,
+        invokes: Invokes,
+        graph: Graph,
+        num_steps: int,
+        buffers: Sequence[bytes] = (),
+    ) -> tuple[dict[tuple[int, int], Any], list[list[int]]]:
+        """Generate greedily, step after step, with transformers' own cache.
+
+        Returns:
+            What the graph saves, by the number of its `Save` node and the step, and the tokens
+            made after each prompt.
+        """
+        saved: dict[tuple[int, int], Any] = {}
+        made: list[list[int]] = [[] for invoke in invokes for _ in invoke]
+        values: dict[int, Any] = {}
+        cache = DynamicCache()
+        for step in range(num_steps):
+            run = _Run(self.model, invokes, graph, buffers, step)
+            run.values |= {n: value for n, value in values.items() if n not in run.pending}
+            if step:
+                run.continue_after([tokens[-1] for tokens in made])
+            with torch.no_grad():
+                run.advance(None, None)
+                logits = run.forward(cache)
+            assert not run.pending, f"never ran at step {step}: {run.pending}"
+            saved |= {(number, step): value for number, value in run.saved.items()}
+            values = run.values
+            for tokens, row in zip(made, logits[:, -1], strict=True):
+                tokens.append(int(row.argmax()))
+        return saved, made
+
 
 class _Run:
     """One forward, and the nodes that did not run yet.
@@ -81,20 +113,39 @@ class _Run:
     """
 
     def __init__(
-        self, model: torch.nn.Module, invokes: Invokes, graph: Graph, buffers: Sequence[bytes]
+        self,
+        model: torch.nn.Module,
+        invokes: Invokes,
+        graph: Graph,
+        buffers: Sequence[bytes],
+        step: int = 0,
     ) -> None:
         self.model = model
         self.buffers = buffers
-        self.pending: dict[int, Node] = dict(enumerate(graph.nodes))
+        self.step = step
+        self.pending: dict[int, Node] = {
+            number: node
+            for number, node in enumerate(graph.nodes)
+            if step in graph.steps_of(number)
+        }
         self.values: dict[int, Any] = {}
         self.saved: Saved = {}
         self.lengths = [[len(prompt) for prompt in invoke] for invoke in invokes]
         self.prompts = [prompt for invoke in invokes for prompt in invoke]
         self.longest = max(map(len, self.prompts))
+        self.before = [0] * len(self.prompts)
+        self.padding = [self.longest - len(prompt) for prompt in self.prompts]
         self.calls: Counter[tuple[str, str]] = Counter()
         self.calling = False
 
-    def forward(self) -> None:
+    def continue_after(self, tokens: Sequence[int]) -> None:
+        """Take one token of each sequence instead of its prompt, which is in the cache."""
+        self.before = [len(prompt) + self.step - 1 for prompt in self.prompts]
+        self.prompts = [[token] for token in tokens]
+        self.lengths = [[1] * len(invoke) for invoke in self.lengths]
+        self.longest = 1
+
+    def forward(self, cache: DynamicCache | None = None) -> torch.Tensor:
         handles = []
         for path, module in self.model.named_modules():
             handles += [
@@ -102,10 +153,13 @@ class _Run:
                 module.register_forward_hook(self._hook(path)),
             ]
         try:
-            self.model(**self._inputs(), use_cache=False)
+            cached = {} if cache is None else {"past_key_values": cache}
+            output = self.model(**self._inputs(), use_cache=cache is not None, **cached)
         finally:
             for handle in handles:
                 handle.remove()
+        logits: torch.Tensor = output.logits
+        return logits
 
     def advance(self, point: HookPoint | None, structure: Any) -> Any:
         """Run what can run while `structure` is at the hook point, and return what it becomes."""
@@ -131,11 +185,11 @@ class _Run:
 
     def _inputs(self) -> dict[str, torch.Tensor]:
         ids, mask, positions = [], [], []
-        for prompt in self.prompts:
+        for prompt, before, pad in zip(self.prompts, self.before, self.padding, strict=True):
             padding = [0] * (self.longest - len(prompt))
             ids.append([*padding, *prompt])
-            mask.append([*padding, *(1 for _ in prompt)])
-            positions.append([*padding, *range(len(prompt))])
+            mask.append([*[0] * pad, *[1] * (before + len(prompt))])
+            positions.append([*padding, *range(before, before + len(prompt))])
         inputs = {
             "input_ids": torch.tensor(ids),
             "attention_mask": torch.tensor(mask),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from ndif_actor.engine.engine import Engine
 from ndif_actor.messages import Group, GroupResult, Layout, RunPass
 from ndif_client.wire.graph import (
+    PREFILL,
     Apply,
     Argument,
     CallModule,
@@ -28,6 +30,7 @@ from ndif_client.wire.graph import (
     Save,
     Slice,
     Source,
+    Steps,
     WriteHook,
 )
 from ndif_client.wire.tensors import TensorSpec, export_array, import_array
@@ -94,9 +97,19 @@ class Recorder:
     def __init__(self) -> None:
         self.nodes: list[Node] = []
         self.buffers: list[bytes] = []
+        self.steps: list[Steps] = []
+        self._current = PREFILL
+
+    @contextmanager
+    def during(self, start: int, stop: int | None = None, stride: int = 1) -> Iterator[None]:
+        """Within the block, nodes run at these steps of a generation."""
+        self._current = Steps(start, stop, stride)
+        yield
+        self._current = PREFILL
 
     def add(self, node: Node) -> Ref:
         self.nodes.append(node)
+        self.steps.append(self._current)
         return Ref(len(self.nodes) - 1)
 
     def read(self, hook: str | HookPoint, invoke: int = 0) -> Ref:
@@ -127,7 +140,11 @@ class Recorder:
         """Return the graph; node n was written in line n + 1 of "experiment.py"."""
         lines = range(len(self.nodes))
         sources = [Source("experiment.py", n + 1, f"line {n + 1}") for n in lines]
-        return Graph(list(self.nodes), sources, list(lines))
+        blocks = list(dict.fromkeys(self.steps))
+        during = [blocks.index(steps) for steps in self.steps]
+        if blocks in ([], [PREFILL]):
+            return Graph(list(self.nodes), sources, list(lines))
+        return Graph(list(self.nodes), sources, list(lines), blocks, during)
 
 
 def point(hook: str | HookPoint, call: int = 0) -> HookPoint:
@@ -165,11 +182,11 @@ class Request:
     def group(self, number: int, first_buffer: int) -> Group:
         """Return it as a group of a pass whose buffers hold its own from `first_buffer` on."""
         own = self.recorder.graph()
-        nodes = [_moved(node, first_buffer) for node in own.nodes]
+        nodes = moved_constants(own.nodes, first_buffer)
         return Group(
             request=f"request-{number}",
             invokes=self.invokes,
-            graph=Graph(nodes, own.sources, own.at),
+            graph=Graph(nodes, own.sources, own.at, own.steps, own.during),
             sharing=self.sharing,
         )
 
@@ -203,6 +220,11 @@ def touchable(engine: Engine) -> list[HookPoint]:
         for site in engine.blueprint.table.sites.values()
         if site.dtype.is_floating_point and not re.search(r"\.[02]($|\.)", site.point.path)
     ]
+
+
+def moved_constants(nodes: Sequence[Node], first_buffer: int) -> list[Node]:
+    """Let constants point to buffers that begin with number `first_buffer`."""
+    return [_moved(node, first_buffer) for node in nodes]
 
 
 def _moved(node: Node, first_buffer: int) -> Node:

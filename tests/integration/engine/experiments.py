@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from tests.requests import Landmarks, Recorder, Request
+from tests.requests import Landmarks, Recorder, Request, landmarks
 
 EIFFEL = [5, 17, 99, 250, 3, 41, 8]
 COLOSSEUM = [5, 18, 99, 250, 3, 41, 8]
@@ -188,3 +188,32 @@ EXPERIMENTS: tuple[Experiment, ...] = (
 
 #: Those whose prompts have unequal lengths.
 RAGGED = (patch_a_shorter_prompt, unequal_prompts)
+
+
+# ---------------------------------------------------------------- generations
+
+
+def plain(ids: list[int]) -> Request:
+    return Request(Recorder(), [[ids]])
+
+
+def touching_steps(family: str) -> Request:
+    """Read and write at the prefill, at one step, at some steps and at all of them."""
+    block, head = landmarks(family).block, landmarks(family).lm_head
+    recorder = Recorder()
+    first = recorder.read(f"{block}.output")
+    recorder.save(first)
+    last = recorder.apply("getitem", first, (slice(None), slice(-1, None)))
+    direction = recorder.apply("mul", last, 0.1)
+    with recorder.during(0):
+        hidden = recorder.read(f"{block}.output")
+        recorder.save(recorder.apply("getitem", hidden, (slice(None), -1)))
+        recorder.save(recorder.apply("getitem", recorder.read(f"{head}.output"), (slice(None), -1)))
+    with recorder.during(1, 5, 2):
+        before = recorder.read(f"{block}.input[args.0]")
+        recorder.write(f"{block}.input[args.0]", recorder.apply("add", before, direction))
+    with recorder.during(2, 3):
+        recorder.write(f"{block}.output", last)
+    with recorder.during(3):
+        recorder.save(recorder.apply("sub", recorder.read(f"{block}.output"), last))
+    return Request(recorder, [[EIFFEL]])

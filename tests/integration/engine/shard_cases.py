@@ -14,7 +14,8 @@ import torch
 
 from ndif_actor.engine.engine import Engine
 from ndif_actor.engine.layout import Sharded, ShardGroup
-from tests.integration.engine.experiments import EIFFEL, EXPERIMENTS, SHORT
+from tests.generations import Driver
+from tests.integration.engine.experiments import EIFFEL, EXPERIMENTS, SHORT, plain, touching_steps
 from tests.oracle import Oracle
 from tests.requests import (
     EXACT,
@@ -53,6 +54,7 @@ class Shard:
             device="cpu",
             rank=self.rank,
             world_size=self.world_size,
+            cache_bytes=1 << 24,
         )
 
     def _oracle(self, family: str, dtype: str = "float64") -> Oracle:
@@ -205,6 +207,27 @@ def slices(shard: Shard, family: str) -> None:
     assert group.sizes_of([shard.rank, 7]) == [[rank, 7] for rank in range(shard.world_size)]
 
 
+def generations(shard: Shard, family: str) -> None:
+    """Generations of several requests, touched on their way and not, equal those of one process."""
+    driver = Driver(shard.engine(family))
+    requests = {"first": touching_steps(family), "second": plain([5, 6]), "third": plain(EIFFEL)}
+    for name, request in requests.items():
+        driver.start(name, request, 5)
+        driver.step()
+    driver.swap_out("second")
+    driver.step()
+    driver.swap_in("second")
+    outcomes = driver.finish()
+
+    for name, request in requests.items():
+        saved, tokens = shard.oracle(family).generate(request.invokes, request.recorder.graph(), 5)
+        if shard.rank == 0:
+            assert_equal(outcomes[name].saved, saved, EXACT)
+        assert outcomes[name].tokens == tokens
+    driver.start("sampled", plain(EIFFEL), 8, temperature=1.5, seed=5)
+    assert len(driver.finish()["sampled"].tokens[0]) == 8
+
+
 def half_precision(shard: Shard, family: str) -> None:
     recorder = Recorder()
     value = recorder.read("model.layers.1.mlp.gate_proj.output")
@@ -243,6 +266,7 @@ CASES: dict[str, Callable[[Shard, str], Any]] = {
         parameters,
         module_calls,
         failures,
+        generations,
         slices,
         half_precision,
         smollm2,
