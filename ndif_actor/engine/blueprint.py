@@ -13,13 +13,15 @@ import torch
 from transformers import PreTrainedModel
 
 from ndif_actor.engine import adapter, shapes, tree
+from ndif_actor.engine.explain import explain
 from ndif_actor.engine.hookpoints import HookTable, discover
 from ndif_actor.engine.probe import depth_fault
 from ndif_actor.engine.program import Program, compile_graph, graph_fault
 from ndif_actor.engine.shapes import Price
 from ndif_actor.errors import ModelError
+from ndif_actor.messages import Group
 from ndif_client.wire.graph import Constant, Graph
-from ndif_client.wire.messages import ModelTree
+from ndif_client.wire.messages import Explanation, ModelTree
 from ndif_client.wire.tensors import check_buffer
 
 
@@ -113,6 +115,12 @@ class Blueprint:
         program = self.compile(graph, len(lengths), num_steps)
         values = shapes.infer(program, self.model, lengths, num_steps)
         return shapes.price(program, values, lengths, num_steps)
+
+    def explain(self, request: str, group: Group, price: Price) -> Explanation:
+        """Say what a checked request would cost, and where its rows leave or fork."""
+        steps = 1 if group.decoding is None else group.decoding.max_new_tokens
+        program = self.compile(group.graph, len(group.invokes), steps)
+        return explain(request, group, program, self.table.layers, price)
 
     def compile(self, graph: Graph, num_invokes: int, num_steps: int = 1) -> Program:
         """Order a graph's nodes along the forward; see `compile_graph`."""

@@ -3,7 +3,8 @@
 A strand is one sequence's part of a pass. Strands of a family read the same tokens, so their rows
 are equal until a program first writes into one of them; up to there they are computed once (*late
 fork*). A strand whose last need is in region k is not in the batch after it (*early leave*); in
-the tail, only the positions that somebody looks at remain. Pure: no tensors.
+the tail, only the positions that somebody looks at remain. Regions are those of `layers`. Pure: no
+tensors.
 """
 
 from __future__ import annotations
@@ -102,9 +103,14 @@ def row_layers(stages: Sequence[Stage], tail: int) -> int:
     """Return how many rows pass through layers, counted once per layer."""
     ends = [stage.region for stage in stages[1:]] + [tail]
     return sum(
-        stage.total * max(0, end - max(stage.region, 0))
+        stage.total * len(range(_even(max(stage.region, 0)), min(end, tail), 2))
         for stage, end in zip(stages, ends, strict=True)
     )
+
+
+def _even(region: int) -> int:
+    """Return the first region from this one on that is the inside of a layer."""
+    return region + region % 2
 
 
 def attention_order(strand: Strand) -> tuple[int, int]:

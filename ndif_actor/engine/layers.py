@@ -2,8 +2,9 @@
 
 Between two layers nothing of a forward is alive but the residual stream, which flows from layer to
 layer, and what the loop hands to each layer again (rotary embeddings, positions). So there rows
-can leave the batch or be copied. Found in recordings of the model without weights, as hook points
-are.
+can leave the batch or be copied: copied as soon as a layer has made its output, so that a write of
+it comes late, and left behind when the next layer begins, so that a read of it comes in time.
+Found in recordings of the model without weights, as hook points are.
 """
 
 from __future__ import annotations
@@ -15,37 +16,45 @@ from itertools import pairwise
 import msgspec
 
 from ndif_actor.engine.moments import Moment, Recording
+from ndif_client.wire.graph import Port
 
 
 class Boundary(msgspec.Struct, frozen=True):
-    """The input of a decoder layer, or of the first module after the last one.
+    """The input or the output of a decoder layer, or the input of what follows the last one.
 
     Attributes:
         path: of the module.
-        order: position of its input moment in the forward.
-        flow: leaf of the input that comes from the layer before.
-        token_axes: the token axis of every tensor in the input, by leaf.
+        port: which of the two.
+        order: position of its moment in the forward.
+        flow: leaf of the tensor that flows from layer to layer.
+        token_axes: the token axis of every tensor to be laid out anew, by leaf.
     """
 
     path: str
+    port: Port
     order: int
     flow: str
     token_axes: dict[str, int]
 
 
 class LayerStack(msgspec.Struct, frozen=True):
-    """The boundaries of a model, in the order of the forward, the one after all layers last.
+    """The boundaries of a model, in the order of the forward: two a layer, and one after all.
 
-    A forward falls into *regions*: region k begins at boundary k, so it is layer k and, after the
-    layers, the tail (final norm and language-model head). Region -1 lies before the first layer.
+    A forward falls into *regions*: region r begins at boundary r. Region 2k is the inside of layer
+    k, region 2k + 1 the moment of its output, before layer k + 1 begins; the last region is the
+    tail (final norm and language-model head). Region -1 lies before the first layer.
     """
 
     boundaries: tuple[Boundary, ...]
 
     @property
     def tail(self) -> int:
-        """The region after the last layer, which is also the number of layers."""
+        """The region after the last layer."""
         return len(self.boundaries) - 1
+
+    @property
+    def num_layers(self) -> int:
+        return self.tail // 2
 
     def region(self, order: int) -> int:
         """Return the region in which the moment at `order` fires."""
@@ -77,16 +86,21 @@ def find_layers(
     after = next((m for m, at in moments.items() if at > spans[-1][1] and m.port == "input"), None)
     if after is None:
         return None
-    boundaries = []
-    for number, moment in enumerate([*inputs, after]):
-        axes = _token_axes(packed, moment)
-        flow = _same_tensor(packed[0], outputs[number - 1], moment) if number else "first"
-        if flow is None or (number and flow not in axes):
-            return None
-        boundaries.append(Boundary(moment.path, moments[moment], flow, axes))
-    first = boundaries[0]
+    boundaries: list[Boundary] = []
+    for entered, left in zip([*inputs, after], [None, *outputs], strict=True):
+        axes = _token_axes(packed, entered)
+        flow, flowed = "", ""
+        if left is not None:
+            flow, flowed = _same_tensor(packed[0], left, entered)
+            made = _token_axes(packed, left)
+            if flow not in axes or flowed not in made:
+                return None
+            output = {flowed: made[flowed]}
+            boundaries.append(Boundary(left.path, "output", moments[left], flowed, output))
+        boundaries.append(Boundary(entered.path, "input", moments[entered], flow, axes))
     # The first layer takes what the others take.
-    flow = boundaries[1].flow if boundaries[1].flow in first.token_axes else "args.0"
+    first, second = boundaries[0], boundaries[2]
+    flow = second.flow if second.flow in first.token_axes else "args.0"
     if flow not in first.token_axes:
         return None
     boundaries[0] = msgspec.structs.replace(first, flow=flow)
@@ -123,7 +137,8 @@ def _token_axes(packed: Sequence[Recording], moment: Moment) -> dict[str, int]:
     return axes
 
 
-def _same_tensor(run: Recording, left: Moment, entered: Moment) -> str | None:
-    """Return the leaf at which a tensor that `left` one module `entered` the next."""
-    made = {id(tensor) for tensor in run.get(left, {}).values()}
-    return next((leaf for leaf, t in run.get(entered, {}).items() if id(t) in made), None)
+def _same_tensor(run: Recording, left: Moment, entered: Moment) -> tuple[str, str]:
+    """Return the leaves at which a tensor that `left` one module `entered` the next, if any."""
+    made = {id(tensor): leaf for leaf, tensor in run.get(left, {}).items()}
+    found = ((leaf, made[id(t)]) for leaf, t in run.get(entered, {}).items() if id(t) in made)
+    return next(found, ("", ""))

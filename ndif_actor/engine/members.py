@@ -31,20 +31,7 @@ class Trace:
 
     def feedings(self) -> list[Feeding]:
         """Return the tokens of each prompt, the prompts of all invokes in a row."""
-        feedings = []
-        plan = self.execution.plan
-        for prompts, reach in zip(self._group.invokes, plan.reach, strict=True):
-            needs = tail_positions(reach, [len(ids) for ids in prompts])
-            for ids, tail in zip(prompts, needs, strict=True):
-                strand = Strand(
-                    length=len(ids),
-                    last=reach.last,
-                    fork=reach.first_write,
-                    family=family(self._group.sharing, ids),
-                    tail=tail,
-                )
-                feedings.append(Feeding(ids, strand))
-        return feedings
+        return whole_prompts(self._group, self.execution.plan.reach)
 
     def rows(self, packing: Packing, first: int) -> list[Rows]:
         """Return the rows of each invoke; the member's strands begin with number `first`."""
@@ -54,6 +41,23 @@ class Trace:
             rows.append(PackedRows(packing, range(first, first + len(prompts)), lengths))
             first += len(prompts)
         return rows
+
+
+def whole_prompts(group: Group, reaches: Sequence[Reach]) -> list[Feeding]:
+    """Return the tokens of each prompt of a group, the prompts of all invokes in a row."""
+    feedings = []
+    for prompts, reach in zip(group.invokes, reaches, strict=True):
+        needs = tail_positions(reach, [len(ids) for ids in prompts])
+        for ids, tail in zip(prompts, needs, strict=True):
+            strand = Strand(
+                length=len(ids),
+                last=reach.last,
+                fork=reach.first_write,
+                family=family(group.sharing, ids),
+                tail=tail,
+            )
+            feedings.append(Feeding(ids, strand))
+    return feedings
 
 
 class Continuation:

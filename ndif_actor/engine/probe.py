@@ -56,7 +56,7 @@ def depth_fault(
     same answer.
     """
     short, long, twin = _prompts(vocab_size, (3, 5, 4))
-    middle = max(1, layers.tail // 2)
+    middle = layers.num_layers // 2 * 2 + 1  # the output of a layer
     strands = [
         Strand(length=3, last=middle - 1),
         Strand(length=5, last=layers.tail, tail=(4,)),

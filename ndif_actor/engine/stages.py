@@ -45,10 +45,8 @@ def changing_stages(
     with ExitStack() as stack:
         for region, boundary in enumerate(layers.boundaries):
             if region >= first:
-                handle = model.get_submodule(boundary.path).register_forward_pre_hook(
-                    change.at(region, boundary), with_kwargs=True, prepend=True
-                )
-                stack.callback(handle.remove)
+                module = model.get_submodule(boundary.path)
+                stack.callback(change.hook(module, region, boundary).remove)
         yield
 
 
@@ -64,24 +62,32 @@ class _Change:
         self._again: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
         self._indices: dict[tuple[int, bool], torch.Tensor] = {}
 
-    def at(self, region: int, boundary: Boundary) -> Any:
-        """Return the hook of one boundary."""
+    def hook(self, module: torch.nn.Module, region: int, boundary: Boundary) -> Any:
+        """Register the hook of one boundary, before all others."""
 
-        def before(_: Any, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
-            if self._paused():
-                return None
-            structure = leaves.inputs(args, kwargs)
-            moved = self._enter(region)
-            for leaf, axis in boundary.token_axes.items():
-                tensor = leaves.get(structure, leaf)
-                if leaf != boundary.flow:
-                    structure = leaves.replace(structure, leaf, self._repeated(tensor, axis))
-                elif moved:
-                    index = self._index(tensor.device, flowing=True)
-                    structure = leaves.replace(structure, leaf, tensor.index_select(axis, index))
-            return structure["args"], structure["kwargs"]
+        def before(_: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
+            changed = self._change(leaves.inputs(args, kwargs), region, boundary)
+            return changed["args"], changed["kwargs"]
 
-        return before
+        def after(_: Any, args: Any, output: Any) -> Any:
+            return self._change(output, region, boundary)
+
+        if boundary.port == "input":
+            return module.register_forward_pre_hook(before, with_kwargs=True, prepend=True)
+        return module.register_forward_hook(after, prepend=True)
+
+    def _change(self, structure: Any, region: int, boundary: Boundary) -> Any:
+        if self._paused():
+            return structure
+        moved = self._enter(region)
+        for leaf, axis in boundary.token_axes.items():
+            tensor = leaves.get(structure, leaf)
+            if leaf != boundary.flow:
+                structure = leaves.replace(structure, leaf, self._repeated(tensor, axis))
+            elif moved:
+                index = self._index(tensor.device, flowing=True)
+                structure = leaves.replace(structure, leaf, tensor.index_select(axis, index))
+        return structure
 
     def _enter(self, region: int) -> bool:
         """Go on to the stage that begins here, if one does."""
