@@ -38,6 +38,11 @@ Dtype = Annotated[str | None, typer.Option(help="auto, float64, float32, bfloat1
 Host = Annotated[str | None, typer.Option(help="Address to listen on [127.0.0.1].")]
 Port = Annotated[int | None, typer.Option(help="Port to listen on, 0 for any free one [8000].")]
 Tokens = Annotated[int | None, typer.Option(help="Rows that one forward may carry in all.")]
+CacheBytes = Annotated[int | None, typer.Option(help="KV cache of each device, in bytes.")]
+SharePrefixes = Annotated[
+    bool | None,
+    typer.Option(help="Let users profit from the KV cache of each other's prompts."),
+]
 KeyFile = Annotated[str | None, typer.Option(help="API keys, as lines of `name sha256`.")]
 AddressFile = Annotated[str | None, typer.Option(help="File to write the URL to when ready.")]
 LogFormat = Annotated[str | None, typer.Option(help="auto, json or console.")]
@@ -63,6 +68,8 @@ def serve(
     host: Host = None,
     port: Port = None,
     max_pass_tokens: Tokens = None,
+    cache_bytes: CacheBytes = None,
+    share_prefixes: SharePrefixes = None,
     api_key_file: KeyFile = None,
     address_file: AddressFile = None,
     log_format: LogFormat = None,
@@ -92,6 +99,8 @@ def coordinator(
     host: Host = None,
     port: Port = None,
     max_pass_tokens: Tokens = None,
+    cache_bytes: CacheBytes = None,
+    share_prefixes: SharePrefixes = None,
     api_key_file: KeyFile = None,
     address_file: AddressFile = None,
     log_format: LogFormat = None,

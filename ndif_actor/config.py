@@ -41,6 +41,11 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         max_request_bytes: length of one HTTP body.
         max_value_bytes: memory that the values of one request may take at their peak.
         max_saved_bytes: what one request may save.
+        cache_bytes: memory of each device for the KV cache of generations; None for a share of
+            what is free when the model is loaded.
+        max_swapped_tokens: tokens of KV cache that may lie in each host's memory meanwhile.
+        share_prefixes: whether users may profit from the KV cache of each other's prompts, which
+            lets them find out by timing what others have sent.
         max_queued, max_queued_per_user: requests that may be here, unfinished.
         max_queued_bytes: what clients sent for all of these.
         result_ttl_s: how long a result can be fetched again.
@@ -68,6 +73,9 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     max_request_bytes: Bytes = 256 << 20
     max_value_bytes: Bytes = 8 << 30
     max_saved_bytes: Bytes = 2 << 30
+    cache_bytes: Bytes | None = None
+    max_swapped_tokens: Annotated[int, msgspec.Meta(ge=0)] = 1 << 20
+    share_prefixes: bool = False
     max_queued: Positive = 8192
     max_queued_per_user: Positive = 2048
     max_queued_bytes: Bytes = 2 << 30

@@ -51,6 +51,15 @@ class Driver:
     def busy(self) -> bool:
         return bool(self._running)
 
+    @property
+    def running(self) -> list[str]:
+        return list(self._running)
+
+    @property
+    def swappable(self) -> list[str]:
+        """Those that are in the middle: they have joined, and their pages are here."""
+        return [name for name, one in self._running.items() if one.joined and not one.swapped]
+
     def start(
         self,
         name: str,
@@ -100,6 +109,7 @@ class Driver:
         """Make passes until nothing runs."""
         while self._running:
             self.step()
+        self.free.sort()
         return self.outcomes
 
     def stop(self, name: str) -> None:

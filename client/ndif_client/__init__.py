@@ -11,19 +11,27 @@ Needs neither torch nor transformers. For scripts without `await` see `ndif_clie
 from ndif_client import errors, ops
 from ndif_client.envoy import Envoy
 from ndif_client.errors import NdifError
+from ndif_client.explanation import Explanation
+from ndif_client.generation import Generation
 from ndif_client.progress import Progress
 from ndif_client.proxy import Proxy
 from ndif_client.results import Result
 from ndif_client.session import Session, connect
+from ndif_client.streaming import Token
 from ndif_client.trace import Trace
+from ndif_client.wire.messages import Completion
 
 __all__ = [
+    "Completion",
     "Envoy",
+    "Explanation",
+    "Generation",
     "NdifError",
     "Progress",
     "Proxy",
     "Result",
     "Session",
+    "Token",
     "Trace",
     "connect",
     "errors",

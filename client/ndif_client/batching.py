@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import msgspec
 
 from ndif_client.wire.frames import Buffer, FrameLimits, encode_frame
-from ndif_client.wire.graph import Constant, Graph, Node
+from ndif_client.wire.graph import Constant, Node
 from ndif_client.wire.messages import MAX_REQUESTS, PROTOCOL, TraceRequest
 
 #: Bytes of constants that several requests may bring into one frame.
@@ -91,5 +91,5 @@ def _with_offset(request: TraceRequest, offset: int) -> TraceRequest:
         else n
         for n in request.graph.nodes
     ]
-    graph = Graph(nodes, request.graph.sources, request.graph.at)
+    graph = msgspec.structs.replace(request.graph, nodes=nodes)
     return msgspec.structs.replace(request, graph=graph)

@@ -13,100 +13,41 @@ One implementation: everything runs on a private event loop in a thread of its o
 from __future__ import annotations
 
 import asyncio
-import threading
-from collections.abc import Awaitable, Coroutine, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Coroutine, Iterator, Sequence
+from contextlib import contextmanager
 from types import TracebackType
-from typing import Any, TypeVar, overload
+from typing import Any, TypedDict, TypeVar, Unpack, overload
 
+from ndif_client.blocking_traces import BlockingGeneration, BlockingTrace, LoopThread, awaited
+from ndif_client.decoding import DecodingOptions
 from ndif_client.envoy import Envoy
 from ndif_client.errors import BlockingCallError, graph_error
+from ndif_client.explanation import Explanation
 from ndif_client.progress import OnProgress
-from ndif_client.prompts import Prompt
+from ndif_client.prompts import Messages, Prompt
 from ndif_client.results import Result
 from ndif_client.session import Session
 from ndif_client.session import connect as connect_async
 from ndif_client.trace import Trace, TraceFunction
-from ndif_client.wire.messages import ModelSummary, ModelTree, TokenizeReply
+from ndif_client.wire.messages import ModelSummary, ModelTree, Numerics, TokenizeReply
 from ndif_client.wire.tensors import ArrayKind
+
+__all__ = ["BlockingGeneration", "BlockingSession", "BlockingTrace", "connect"]
 
 T = TypeVar("T")
 
 
-class _LoopThread:
-    """An event loop in a thread, and calls into it from outside."""
+class TraceOptions(TypedDict, total=False):
+    """The arguments of `Session.trace` after the first two."""
 
-    def __init__(self) -> None:
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(
-            target=self._loop.run_forever, name="ndif-client", daemon=True
-        )
-        self._thread.start()
-
-    def call(self, work: Coroutine[Any, Any, T]) -> T:
-        """Run a coroutine on the loop and wait for it; Ctrl-C cancels it."""
-        future = asyncio.run_coroutine_threadsafe(work, self._loop)
-        try:
-            return future.result()
-        except BaseException:
-            future.cancel()
-            raise
-
-    def stop(self) -> None:
-        """End the loop and its thread."""
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
+    messages: Messages | None
+    numerics: Numerics
+    on_progress: OnProgress | None
+    progress: bool
 
 
-class BlockingTrace:
-    """A trace that runs at the end of its block. Otherwise as `ndif_client.Trace`."""
-
-    def __init__(self, trace: Trace, session: BlockingSession) -> None:
-        self._trace = trace
-        self._session = session
-
-    @property
-    def id(self) -> str:
-        """Its name on the server."""
-        return self._trace.id
-
-    @property
-    def result(self) -> Result:
-        """What came back, when it has run."""
-        return self._trace.result
-
-    def invoke(self, prompt: Prompt) -> AbstractContextManager[None]:
-        """Add prompts of their own; reads and writes inside of the block are theirs."""
-        return self._trace.invoke(prompt)
-
-    def __enter__(self) -> BlockingTrace:
-        self._trace.__enter__()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._trace.__exit__(kind, error, traceback)
-        if error is None:
-            self._session._run(self._trace)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name.startswith("_"):
-            object.__setattr__(self, name, value)
-        else:
-            setattr(self._trace, name, value)
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):
-            raise AttributeError(name)
-        return getattr(self._trace, name)
-
-    def __repr__(self) -> str:
-        return repr(self._trace)
+class GenerateOptions(DecodingOptions, TraceOptions, total=False):
+    """The arguments of `Session.generate` after the first two."""
 
 
 class BlockingSession:
@@ -117,7 +58,7 @@ class BlockingSession:
         model: the model to write experiments on.
     """
 
-    def __init__(self, session: Session, thread: _LoopThread) -> None:
+    def __init__(self, session: Session, thread: LoopThread) -> None:
         self.tree: ModelTree = session.tree
         self.model: Envoy = session.model
         self._session = session
@@ -130,9 +71,7 @@ class BlockingSession:
         self,
         prompt: Prompt | None = None,
         function: None = None,
-        *,
-        on_progress: OnProgress | None = None,
-        progress: bool = False,
+        **options: Unpack[TraceOptions],
     ) -> BlockingTrace: ...
 
     @overload
@@ -140,34 +79,70 @@ class BlockingSession:
         self,
         prompt: Prompt | None,
         function: TraceFunction,
-        *,
-        on_progress: OnProgress | None = None,
-        progress: bool = False,
+        **options: Unpack[TraceOptions],
     ) -> Result: ...
 
     def trace(
         self,
         prompt: Prompt | None = None,
         function: TraceFunction | None = None,
-        *,
-        on_progress: OnProgress | None = None,
-        progress: bool = False,
+        **options: Unpack[TraceOptions],
     ) -> BlockingTrace | Result:
         """Open an experiment, or run one given as a function and return its result.
 
         Arguments are those of `Session.trace`; `on_progress` is called in another thread.
         """
         _refuse_in_loop("session.trace(...)", "async with session.trace(...)")
-        if function is not None and self._together is not None:
-            raise graph_error(
-                "inside of session.together() there is no result yet to return; use "
-                "`with session.trace(...) as trace:`"
-            )
-        trace = self._session.trace(prompt, function, on_progress=on_progress, progress=progress)
+        if function is not None:
+            self._refuse_together("trace")
+        trace = self._session.trace(prompt, function, **options)
         if function is None:
             return BlockingTrace(trace, self)
-        result: Result = self._thread.call(_awaited(trace))
+        result: Result = self._thread.call(awaited(trace))
         return result
+
+    @overload
+    def generate(
+        self,
+        prompt: Prompt | None = None,
+        function: None = None,
+        **options: Unpack[GenerateOptions],
+    ) -> BlockingGeneration: ...
+
+    @overload
+    def generate(
+        self,
+        prompt: Prompt | None,
+        function: TraceFunction,
+        **options: Unpack[GenerateOptions],
+    ) -> Result: ...
+
+    def generate(
+        self,
+        prompt: Prompt | None = None,
+        function: TraceFunction | None = None,
+        **options: Unpack[GenerateOptions],
+    ) -> BlockingGeneration | Result:
+        """Let the model go on after prompts, or run a function's experiment on that.
+
+        Arguments are those of `Session.generate`; `on_progress` is called in another thread.
+
+        Example:
+            for token in session.generate("Once upon", max_new_tokens=50):
+                print(token.text, end="")
+        """
+        _refuse_in_loop("session.generate(...)", "async with session.generate(...)")
+        if function is not None:
+            self._refuse_together("generate")
+        generation = self._session.generate(prompt, function, **options)
+        if function is None:
+            return BlockingGeneration(generation, self)
+        result: Result = self._thread.call(awaited(generation))
+        return result
+
+    def explain(self, trace: BlockingTrace | BlockingGeneration) -> Explanation:
+        """Return what a trace or generation would cost: what is recorded of it so far."""
+        return trace.explain()
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -222,11 +197,23 @@ class BlockingSession:
     def __repr__(self) -> str:
         return f"Blocking{self._session!r}"
 
-    def _run(self, trace: Trace) -> None:
+    def wait(self, work: Coroutine[Any, Any, T]) -> T:
+        """Run a coroutine of this session's and wait for it; Ctrl-C cancels it."""
+        return self._thread.call(work)
+
+    def run(self, trace: Trace) -> None:
+        """Run a recorded trace, or leave it to the end of `together`."""
         if self._together is not None:
             self._together.append(trace)
         else:
-            self._thread.call(_awaited(trace))
+            self._thread.call(awaited(trace))
+
+    def _refuse_together(self, maker: str) -> None:
+        if self._together is not None:
+            raise graph_error(
+                "inside of session.together() there is no result yet to return; use "
+                f"`with session.{maker}(...) as {'trace' if maker == 'trace' else 'gen'}:`"
+            )
 
 
 def connect(
@@ -252,9 +239,9 @@ def connect(
         timeout=timeout,
         serve_options=serve_options,
     )
-    thread = _LoopThread()
+    thread = LoopThread()
     try:
-        return BlockingSession(thread.call(_awaited(connecting)), thread)
+        return BlockingSession(thread.call(awaited(connecting)), thread)
     except BaseException:
         thread.stop()
         raise
@@ -269,10 +256,6 @@ def _refuse_in_loop(called: str, instead: str) -> None:
         f"{called} would stop the event loop that is running here (a notebook has one, too); use "
         f"`{instead}` and `await`"
     )
-
-
-async def _awaited(awaitable: Awaitable[T]) -> T:
-    return await awaitable
 
 
 async def _gathered(traces: list[Trace]) -> list[Result | BaseException]:

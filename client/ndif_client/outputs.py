@@ -9,10 +9,10 @@ from ndif_client.arguments import encode_content
 from ndif_client.errors import UnknownNameError, graph_error
 from ndif_client.operators import operator_names
 from ndif_client.proxy import Proxy
-from ndif_client.recorder import current_recorder
+from ndif_client.recorder import current_recorder, recorded_steps
 from ndif_client.sources import capture
 from ndif_client.values import Delegate, Hooked, Value, node_of
-from ndif_client.wire.graph import HookPoint
+from ndif_client.wire.graph import HookPoint, Steps
 from ndif_client.wire.messages import HookInfo
 
 
@@ -53,7 +53,8 @@ class HookTuple(Delegate):
         self._path = path
         self._infos = list(infos)
         self._prefix = prefix
-        self._read: dict[str, Proxy | HookTuple] = {}
+        #: what was found at each step of an address, read anew for other steps of a generation
+        self._read: dict[tuple[str, Steps | None], Proxy | HookTuple] = {}
 
     # ------------------------------------------------------------ parts
 
@@ -61,14 +62,15 @@ class HookTuple(Delegate):
         if not isinstance(key, int | str) or isinstance(key, bool):
             return self._sole_value()[key]
         step = self._step(key)
-        if step not in self._read:
+        found = (step, recorded_steps())
+        if found not in self._read:
             infos = self._below(step)
             address = self._address(step)
             if len(infos) == 1 and infos[0].leaf == address:
-                self._read[step] = read_hook(self._path, infos[0])
+                self._read[found] = read_hook(self._path, infos[0])
             else:
-                self._read[step] = HookTuple(self._path, infos, address)
-        return self._read[step]
+                self._read[found] = HookTuple(self._path, infos, address)
+        return self._read[found]
 
     def __setitem__(self, key: Any, value: Any) -> None:
         if not isinstance(key, int | str) or isinstance(key, bool):
@@ -79,7 +81,7 @@ class HookTuple(Delegate):
         if len(infos) != 1:
             raise graph_error(f"{self._place(step)} has several tensors: {self._offered()}")
         write_hook(self._path, infos[0], value)
-        self._read.pop(step, None)
+        self._read.pop((step, recorded_steps()), None)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):

@@ -16,17 +16,19 @@ class Progress:
 
     Attributes:
         id: the trace's.
-        state: "queued", "running", "done" or "failed".
+        state: "queued", "running", "generating", "done" or "failed".
         position: while queued, how many requests will start before it.
         groups: while running, how many requests share its forward.
         elapsed_s: seconds since it was submitted.
+        tokens: while generating, how many tokens all its sequences have got so far.
     """
 
     id: str
-    state: Literal["queued", "running", "done", "failed"]
+    state: Literal["queued", "running", "generating", "done", "failed"]
     position: int | None = None
     groups: int | None = None
     elapsed_s: float = 0.0
+    tokens: int | None = None
 
 
 OnProgress = Callable[[Progress], object]
@@ -83,4 +85,6 @@ def _words(progress: Progress) -> str:
     if progress.state == "running":
         others = (progress.groups or 1) - 1
         return "running" if others == 0 else f"running, shared with {others}"
+    if progress.state == "generating" and progress.tokens is not None:
+        return f"generating, {progress.tokens} token{'s' if progress.tokens != 1 else ''}"
     return progress.state

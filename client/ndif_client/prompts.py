@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ndif_client.errors import graph_error
-from ndif_client.wire.graph import MAX_PROMPTS, Invoke
+from ndif_client.wire.graph import MAX_PATH, MAX_PROMPTS, Chat, Invoke, Message
 from ndif_client.wire.tensors import is_array
 
 #: A text, token ids, or several of either; arrays and tensors of ids are taken too.
 Prompt = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | Any
 
+#: A conversation, or several: each a list of `{"role": ..., "content": ...}`.
+Messages = Sequence[Mapping[str, str]] | Sequence[Sequence[Mapping[str, str]]]
 
-def as_invoke(prompt: Prompt) -> Invoke:
-    """Return the invoke for a prompt.
+
+def as_invoke(prompt: Prompt | None, messages: Messages | None = None) -> Invoke:
+    """Return the invoke for a prompt, or for conversations.
 
     Raises:
-        GraphError: it is empty, or neither text nor token ids.
+        GraphError: it is empty, neither text nor token ids, or there are both or neither.
     """
-    prompts = _several(prompt)
+    prompts: list[str | list[int] | Chat]
+    if messages is None:
+        prompts = [*_several(prompt)]
+    elif prompt is None:
+        prompts = [*_chats(messages)]
+    else:
+        raise graph_error("give a prompt or messages=..., not both")
     if len(prompts) > MAX_PROMPTS:
         raise graph_error(f"{len(prompts)} prompts in one invoke; the limit is {MAX_PROMPTS}")
     return Invoke(prompts)
@@ -48,6 +57,35 @@ def _several(prompt: Prompt) -> list[str | list[int]]:
     if all(_is_id(item) for item in items):
         return [_ids(items)]
     return [item if isinstance(item, str) else _ids(_items(item)) for item in items]
+
+
+def _chats(messages: Any) -> list[Chat]:
+    if not isinstance(messages, list | tuple) or not messages:
+        raise graph_error(
+            'messages=... is a list of {"role": ..., "content": ...}, or a list of such lists'
+        )
+    if isinstance(messages[0], list | tuple):
+        return [_chat(chat) for chat in messages]
+    return [_chat(messages)]
+
+
+def _chat(messages: Any) -> Chat:
+    if not isinstance(messages, list | tuple) or not 0 < len(messages) <= MAX_PROMPTS:
+        raise graph_error(f"a conversation is a list of 1 to {MAX_PROMPTS} messages")
+    return Chat([_message(message) for message in messages])
+
+
+def _message(message: Any) -> Message:
+    if isinstance(message, Message):
+        return message
+    if not isinstance(message, Mapping) or set(message) != {"role", "content"}:
+        raise graph_error(
+            f'a message is {{"role": ..., "content": ...}} and nothing else, not {message!r:.80}'
+        )
+    role, content = message["role"], message["content"]
+    if not isinstance(role, str) or not isinstance(content, str) or len(role) > MAX_PATH:
+        raise graph_error(f"role and content of a message are texts, not {message!r:.80}")
+    return Message(role, content)
 
 
 def _items(prompt: Any) -> list[Any]:

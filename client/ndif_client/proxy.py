@@ -209,7 +209,10 @@ class Proxy(Value, MethodTypes):
     def __repr__(self) -> str:
         recorder = self._recorder
         if self._saved is not None and recorder.result is not None:
-            return f"Proxy(value={recorder.result.saved(self._saved)!r})"
+            try:
+                return f"Proxy(value={recorder.result.saved(self._saved)!r})"
+            except NoValueError as absent:
+                return f"Proxy({absent})"
         place = f"{self._origin.hook}, " if isinstance(self._origin, Hooked) else ""
         return f"Proxy({place}{recorder.source_of(self._node)})"
 

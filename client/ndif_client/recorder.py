@@ -15,10 +15,12 @@ import msgspec
 
 from ndif_client.errors import ClosedTraceError, LimitError, OrderError, graph_error
 from ndif_client.results import RESERVED_NAMES, Layout, Result, leaves, paths
-from ndif_client.sources import source_at, user_frame
+from ndif_client.sources import capture, source_at, user_frame
+from ndif_client.steps import BEFORE_FORWARD, PREFILL_BLOCK, Block, Moment, Moments, overlap
 from ndif_client.wire.frames import FrameLimits
 from ndif_client.wire.graph import (
     MAX_NODES,
+    PREFILL,
     Argument,
     Constant,
     Graph,
@@ -30,14 +32,12 @@ from ndif_client.wire.graph import (
     Ref,
     Save,
     Source,
+    Steps,
     WriteHook,
     references,
 )
 from ndif_client.wire.messages import HookInfo
 from ndif_client.wire.tensors import TensorSpec, export_array
-
-#: Order of values that need nothing from the forward.
-_BEFORE_FORWARD = -1
 
 #: Arrays of one trace: a frame has no more buffers.
 _MAX_CONSTANTS = FrameLimits().max_buffers
@@ -54,6 +54,7 @@ class Recorder:
     Attributes:
         invokes: the prompts, one entry an invoke.
         invoke: which of them reads and writes belong to now; None outside of all.
+        block: the generation steps that nodes are recorded for now.
         buffers: the bytes of the constants, copied when they were recorded.
         names: what the saved values are called; a name may stand for a list or dict of them.
         result: what came back, once it has.
@@ -63,21 +64,23 @@ class Recorder:
     def __init__(self) -> None:
         self.invokes: list[Invoke] = []
         self.invoke: int | None = None
+        self.block = PREFILL_BLOCK
         self.buffers: list[bytes] = []
         self.names: dict[str, Layout] = {}
         self.result: Result | None = None
         self.failure: BaseException | None = None
         self.closed_at: Source | None = None
+        self._opened_block: Source | None = None
         self._nodes: list[Node] = []
         self._at: list[int] = []
-        self._orders: list[int] = []
-        self._latest_reads: list[int | None] = []
+        self._blocks: list[Block] = []
+        self._moments = Moments()
         self._sources: list[Source] = []
         self._source_numbers: dict[tuple[str, int], int] = {}
         self._constants: dict[tuple[str, tuple[int, ...]], list[int]] = {}
         self._parameters: dict[str, int] = {}
         self._saves: dict[int, int] = {}
-        self._last_writes: dict[tuple[HookPoint, int], int] = {}
+        self._last_writes: dict[tuple[HookPoint, int], dict[Steps, int]] = {}
 
     # ------------------------------------------------------------ life
 
@@ -93,6 +96,32 @@ class Recorder:
             # Not by token: a notebook may leave the block in another context than it entered.
             _current.set(previous)
             self.invoke = self_invoke
+
+    @contextmanager
+    def during(self, block: Block) -> Iterator[None]:
+        """Within the block, nodes are recorded for those steps.
+
+        Raises:
+            ClosedTraceError: nothing is recorded here, or the generation has ended.
+            GraphError: it stands inside of another one.
+        """
+        self.check_open()
+        if _current.get() is not self:
+            raise graph_error(
+                f"a block of {block.steps} belongs inside of the generation's own `with` block",
+                ClosedTraceError,
+            )
+        if self._opened_block is not None:
+            raise graph_error(
+                f"a block of {block.steps} inside of one of {self.block.steps}: steps blocks can't "
+                "be nested; end that one first",
+                other=self._opened_block,
+            )
+        self.block, self._opened_block = block, capture()
+        try:
+            yield
+        finally:
+            self.block, self._opened_block = PREFILL_BLOCK, None
 
     def close(self, at: Source) -> None:
         """Take no more nodes; `at` is the line that ended the trace."""
@@ -114,12 +143,18 @@ class Recorder:
 
     # ------------------------------------------------------------ nodes
 
-    def add(self, node: Node, order: int = _BEFORE_FORWARD) -> int:
-        """Append a node and return its number; `order` is when its hook point fires.
+    def add(self, node: Node, order: int | None = None, *, block: Block | None = None) -> int:
+        """Append a node and return its number.
+
+        Args:
+            node: what to append.
+            order: of a read, when its hook point fires.
+            block: the steps it runs at, if not those that are recorded now.
 
         Raises:
             ClosedTraceError: the trace has ended.
             LimitError: the graph is full.
+            OrderError: it uses a value that does not exist at its steps.
         """
         self.check_open()
         number = len(self._nodes)
@@ -127,17 +162,18 @@ class Recorder:
             raise LimitError(
                 f"a trace has at most {MAX_NODES} operations; split it into several traces"
             )
-        latest = max(references(node), key=self._orders.__getitem__, default=None)
-        if isinstance(node, ReadHook):
-            latest_read: int | None = number
-        else:
-            latest_read = self._latest_reads[latest] if latest is not None else None
-        if latest is not None:
-            order = max(order, self._orders[latest])
+        if isinstance(node, Constant | Parameter):
+            block = PREFILL_BLOCK
+        block = block or self.block
+        uses = references(node)
+        for used in uses:
+            if not self._moments.exists(used, block.steps):
+                self._refuse_absent(used, block.steps)
+        own: Moment = BEFORE_FORWARD if order is None else (order, number)
+        self._moments.add(block.steps, uses, own)
         self._nodes.append(node)
         self._at.append(self._source())
-        self._orders.append(order)
-        self._latest_reads.append(latest_read)
+        self._blocks.append(block)
         return number
 
     def read(self, hook: HookPoint, info: HookInfo) -> int:
@@ -158,23 +194,33 @@ class Recorder:
                 "write the output of its embedding",
                 hook=str(hook),
             )
-        if isinstance(value, Ref) and self._orders[value.node] > info.order:
-            self._refuse_late(hook, value.node)
-        number = self.add(WriteHook(hook, value, invoke), info.order)
-        self._last_writes[hook, invoke] = number
+        steps = self.block.steps
+        if isinstance(value, Ref) and self._moments.exists(value.node, steps):
+            order, read = self._moments.latest(value.node, steps)
+            if order > info.order:
+                self._refuse_late(hook, read)
+        number = self.add(WriteHook(hook, value, invoke))
+        self._last_writes.setdefault((hook, invoke), {})[steps] = number
         return number
 
     def last_write(self, hook: HookPoint, invoke: int) -> int | None:
-        """Return the number of the last write at a hook point, if there was one."""
-        return self._last_writes.get((hook, invoke))
+        """Return the number of the last write at a hook point, at any step recorded now."""
+        writes = self._last_writes.get((hook, invoke), {})
+        now = self.block.steps
+        return max((number for at, number in writes.items() if overlap(at, now)), default=None)
 
     def was_just_written(self, hook: HookPoint, invoke: int, node: int) -> bool:
-        """Whether `node` is the value that was written last at this hook point."""
-        number = self._last_writes.get((hook, invoke))
-        if number is None:
+        """Whether `node` is the value that was written last at this hook point and its steps."""
+        number = self.last_write(hook, invoke)
+        if number is None or self._blocks[number].steps != self.block.steps:
             return False
         write = self._nodes[number]
         return isinstance(write, WriteHook) and write.value == Ref(node)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing has been recorded."""
+        return not self._nodes
 
     @property
     def has_writes(self) -> bool:
@@ -214,9 +260,12 @@ class Recorder:
         return self._parameters[path]
 
     def save(self, node: int) -> int:
-        """Record that a value is to be sent back, once; return the number of the save."""
+        """Record that a value is to be sent back, once; return the number of the save.
+
+        A save runs at the steps of its value, wherever it is written.
+        """
         if node not in self._saves:
-            self._saves[node] = self.add(Save(Ref(node)))
+            self._saves[node] = self.add(Save(Ref(node)), block=self._blocks[node])
         return self._saves[node]
 
     def name(self, name: str, saved: Layout, *, replace: bool = False) -> None:
@@ -249,7 +298,7 @@ class Recorder:
         if self.invoke is None:
             raise graph_error(
                 f"{what}: which prompt is meant? Use `with trace.invoke(prompt):` around it, or "
-                "give the prompt to session.trace(...)",
+                "give the prompt to session.trace(...) or session.generate(...)",
                 ClosedTraceError,
             )
         return self.invoke
@@ -257,6 +306,10 @@ class Recorder:
     def source_of(self, node: int) -> Source:
         """Return the user's line that made a node."""
         return self._sources[self._at[node]]
+
+    def block_of(self, node: int) -> Block:
+        """Return the steps block that a node was recorded in."""
+        return self._blocks[node]
 
     def saves(self) -> list[int]:
         """Return the numbers of all saves, in order."""
@@ -270,11 +323,26 @@ class Recorder:
                 save = nodes[number]
                 assert isinstance(save, Save)
                 nodes[number] = Save(save.value, path[:_MAX_NAME])
-        return Graph(nodes, list(self._sources), list(self._at))
+        blocks = [block.steps for block in self._blocks]
+        if all(steps == PREFILL for steps in blocks):
+            return Graph(nodes, list(self._sources), list(self._at))
+        numbers = {steps: number for number, steps in enumerate(dict.fromkeys(blocks))}
+        during = [numbers[steps] for steps in blocks]
+        return Graph(nodes, list(self._sources), list(self._at), list(numbers), during)
 
-    def _refuse_late(self, hook: HookPoint, node: int) -> None:
-        read = self._latest_reads[node]
-        assert read is not None
+    def _refuse_absent(self, node: int, steps: Steps) -> None:
+        own = self._blocks[node].steps
+        if own.single:
+            hint = f"it is there from {own} on"
+        else:
+            hint = "a value can be used in its own step, and one of a single step also later"
+        raise graph_error(
+            f"a value of {own} is used at {steps}, where it has no one value: {hint}",
+            OrderError,
+            other=self.source_of(node),
+        )
+
+    def _refuse_late(self, hook: HookPoint, read: int) -> None:
         culprit = self._nodes[read]
         assert isinstance(culprit, ReadHook)
         raise graph_error(
@@ -311,3 +379,9 @@ def current_recorder(what: str) -> Recorder:
         )
     recorder.check_open()
     return recorder
+
+
+def recorded_steps() -> Steps | None:
+    """Return the generation steps that are recorded here now, or None outside of all traces."""
+    recorder = _current.get()
+    return None if recorder is None else recorder.block.steps

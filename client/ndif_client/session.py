@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Coroutine, Generator, Sequence
+from collections.abc import Callable, Coroutine, Generator, Mapping, Sequence
 from contextlib import AsyncExitStack
 from types import TracebackType
 from typing import Any
 
 from ndif_client.envoy import Envoy
 from ndif_client.errors import NdifError, ProtocolError
+from ndif_client.explanation import Explanation
+from ndif_client.generation import Generation
 from ndif_client.local import LocalServer
 from ndif_client.progress import OnProgress, Progress, ProgressDisplay
-from ndif_client.prompts import Prompt, as_ids
+from ndif_client.prompts import Messages, Prompt, as_ids
 from ndif_client.submission import Submitter
 from ndif_client.trace import Trace, TraceFunction
 from ndif_client.transport import Transport, quoted
@@ -21,6 +23,7 @@ from ndif_client.wire.messages import (
     ModelList,
     ModelSummary,
     ModelTree,
+    Numerics,
     TokenizeReply,
     TokenizeRequest,
 )
@@ -51,6 +54,8 @@ class Session:
         prompt: Prompt | None = None,
         function: TraceFunction | None = None,
         *,
+        messages: Messages | None = None,
+        numerics: Numerics = "fast",
         on_progress: OnProgress | None = None,
         progress: bool = False,
     ) -> Trace:
@@ -61,6 +66,11 @@ class Session:
                 prompts by `trace.invoke(...)`.
             function: called at once with the model; every value it returns, alone or in a list or
                 dict, is saved under its name there.
+            messages: in the place of a prompt, a conversation: a list of `{"role": ..., "content":
+                ...}`, or a list of such lists (one batch). The model's own chat template makes the
+                prompt of it, on the server.
+            numerics: "fast" shares forwards with others, so values may differ by rounding; "solo"
+                takes every forward for itself, and values are the same whoever else is there.
             on_progress: called with a `Progress` at every step.
             progress: show a line on the terminal, or in the notebook, while it is under way.
 
@@ -68,13 +78,109 @@ class Session:
             The trace: a context manager (`with` records, `async with` also runs) that can be
             awaited once it is recorded, also many at once with `asyncio.gather`.
 
+        Raises:
+            GraphError: an argument has a value that it can't have; nothing was sent.
+
         Example:
             async with session.trace("The Eiffel Tower is in") as trace:
                 hidden = session.model.model.layers[3].output.save()
             hidden.value
         """
-        callback = _both(on_progress, self._display.show) if progress else on_progress
-        return Trace(self, prompt, function, on_progress=callback)
+        return Trace(
+            self,
+            prompt,
+            function,
+            messages=messages,
+            numerics=numerics,
+            on_progress=self._shown(on_progress, progress),
+        )
+
+    def generate(
+        self,
+        prompt: Prompt | None = None,
+        function: TraceFunction | None = None,
+        *,
+        messages: Messages | None = None,
+        max_new_tokens: int = 20,
+        min_new_tokens: int = 0,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float = 1.0,
+        seed: int | None = None,
+        stop: str | Sequence[str] = (),
+        eos: int | Sequence[int] | bool | None = None,
+        bad_words: str | Sequence[str | Sequence[int]] = (),
+        logit_bias: Mapping[int, float] | None = None,
+        numerics: Numerics = "fast",
+        on_progress: OnProgress | None = None,
+        progress: bool = False,
+    ) -> Generation:
+        """Let the model go on after prompts, and read and change it meanwhile.
+
+        Args:
+            prompt, function, messages, numerics, on_progress, progress: as in `trace`.
+            max_new_tokens: of each sequence.
+            min_new_tokens: before them, no end-of-sequence token is chosen.
+            temperature: 0 takes the most likely token, above it tokens are sampled. By default 0,
+                or 1 where `top_k`, `top_p` or `min_p` is given.
+            top_k: sample only from so many of the most likely tokens.
+            top_p: sample only from the most likely tokens that have this probability together.
+            min_p: sample only from tokens of at least this share of the likeliest's probability.
+            repetition_penalty: divides (or multiplies, if negative) logits of tokens seen before.
+            seed: of the sampling, from 0 to 2**62 - 1; the same seed gives the same tokens. By
+                default one is drawn; `seed` of the generation is the one it has.
+            stop: a text that ends a sequence when it appears in what was generated, or several.
+            eos: ids that end a sequence; None for the model's own, False or [] for none.
+            bad_words: what must not be generated, texts or lists of token ids.
+            logit_bias: what to add to the logits of token ids.
+
+        Returns:
+            The generation: a context manager that records (`async with` also runs it), to be
+            awaited for its result, or streamed by `async for token in gen`. Where nothing is to be
+            recorded, no block is needed.
+
+        Raises:
+            GraphError: an argument has a value that it can't have; nothing was sent.
+
+        Example:
+            async with session.generate("Once upon", max_new_tokens=50) as gen:
+                with gen.all():
+                    last = session.model.model.layers[3].output[:, -1].save()
+            print(gen.result.text, len(last.value))
+        """
+        return Generation(
+            self,
+            prompt,
+            function,
+            {
+                "max_new_tokens": max_new_tokens,
+                "min_new_tokens": min_new_tokens,
+                "temperature": temperature,
+                "top_k": top_k,
+                "top_p": top_p,
+                "min_p": min_p,
+                "repetition_penalty": repetition_penalty,
+                "seed": seed,
+                "stop": stop,
+                "eos": eos,
+                "bad_words": bad_words,
+                "logit_bias": logit_bias,
+            },
+            messages=messages,
+            numerics=numerics,
+            on_progress=self._shown(on_progress, progress),
+        )
+
+    async def explain(self, trace: Trace) -> Explanation:
+        """Return what a trace or generation would cost, without running it; print it to read it.
+
+        Raises:
+            ClosedTraceError: it was submitted already.
+            NdifError: the server refuses it, or can't be reached.
+        """
+        return await trace.explain()
 
     async def tokenize(self, text: str) -> TokenizeReply:
         """Return how the model's tokenizer splits a text: `ids`, and the text of each."""
@@ -101,6 +207,9 @@ class Session:
         self._display.close()
         await self._submitter.close()
         await self._resources.aclose()
+
+    def _shown(self, on_progress: OnProgress | None, progress: bool) -> OnProgress | None:
+        return _both(on_progress, self._display.show) if progress else on_progress
 
     async def __aenter__(self) -> Session:
         return self

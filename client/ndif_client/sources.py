@@ -12,7 +12,9 @@ from types import FrameType
 from ndif_client.wire.graph import MAX_TEXT, Source
 
 #: Packages whose frames are never the user's.
-_PASSED_OVER = frozenset(("ndif_client", "torch", "numpy", "contextlib", "functools", "asyncio"))
+_PASSED_OVER = frozenset(
+    ("ndif_client", "torch", "numpy", "contextlib", "functools", "asyncio", "threading")
+)
 
 #: Characters kept of a line.
 _MAX_LINE = 200

@@ -24,9 +24,18 @@ from ndif_client.errors import (
     UnavailableError,
     from_fault,
 )
+from ndif_client.explanation import Explanation, Explanations
 from ndif_client.transport import BrokenStreamError, Transport, quoted
 from ndif_client.wire.frames import Buffer, Frame
-from ndif_client.wire.messages import Done, Event, Failed, Queued, Running, TraceRequest
+from ndif_client.wire.messages import (
+    Done,
+    Event,
+    Failed,
+    Generated,
+    Queued,
+    Running,
+    TraceRequest,
+)
 
 #: Seconds between two questions about a trace whose stream broke: the first, and the longest.
 _ASK_AGAIN_S = (0.1, 2.0)
@@ -51,6 +60,7 @@ class Pending:
         request: TraceRequest,
         buffers: Sequence[bytes],
         on_event: Callable[[Queued | Running], None],
+        on_token: Callable[[Generated], None] | None = None,
     ) -> None:
         self.id = request.id
         self.encoded = Encoded(request, buffers)
@@ -59,6 +69,7 @@ class Pending:
         self.was_heard_of = False
         self.was_resent = False
         self._on_event = on_event
+        self._on_token = on_token
 
     def take(self, event: Event, buffers: list[memoryview]) -> None:
         """Note what the server says of this request."""
@@ -71,7 +82,10 @@ class Pending:
             self.reply.set_exception(from_fault(event.fault))
         else:
             try:
-                self._on_event(event)
+                if not isinstance(event, Generated):
+                    self._on_event(event)
+                elif self._on_token is not None:
+                    self._on_token(event)
             except Exception as error:  # the user's own callback; it is raised where he awaits
                 self.reply.set_exception(error)
 
@@ -95,29 +109,40 @@ class Submitter:
         request: TraceRequest,
         buffers: Sequence[bytes],
         on_event: Callable[[Queued | Running], None],
+        on_token: Callable[[Generated], None] | None = None,
     ) -> Pending:
-        """Send a request at the end of this turn of the event loop."""
-        pending = Pending(request, buffers, on_event)
+        """Send a request at the end of this turn of the event loop.
+
+        Args:
+            request, buffers: what to send.
+            on_event: told of its progress.
+            on_token: told of each step of a generation.
+        """
+        pending = Pending(request, buffers, on_event, on_token)
         self._enqueue(pending)
         return pending
 
-    def cancel(self, pending: Pending) -> None:
-        """Tell the server to forget a request, if it has ever heard of it."""
+    def cancel(self, pending: Pending, error: TraceCancelledError) -> asyncio.Task[None] | None:
+        """End a request with `error`, and tell the server to forget it, if it has heard of it.
+
+        Returns:
+            the telling, if there is anything to tell.
+        """
         if pending.reply.done():
-            return
-        pending.reply.cancel()
-        if pending.was_sent:
-            self._cancels.add(_task(self._delete(pending.id), self._cancels.discard))
+            return None
+        pending.fail(error)
+        pending.reply.exception()  # there may be nobody left who would ask for it
+        telling = self._forget(pending)
         for task, batch in self._carried.items():
             if all(other.reply.done() for other in batch):
                 task.cancel()
+        return telling
 
     async def close(self) -> None:
         """Cancel everything that has not ended."""
         for pending in [*self._waiting, *(p for b in self._carried.values() for p in b)]:
             if not pending.reply.done():
-                if pending.was_sent:
-                    self._cancels.add(_task(self._delete(pending.id), self._cancels.discard))
+                self._forget(pending)
                 pending.fail(TraceCancelledError("the session was closed before the trace ended"))
         carrying = list(self._carried)
         for task in carrying:
@@ -125,6 +150,20 @@ class Submitter:
         if self._cancels:
             await asyncio.wait(self._cancels, timeout=_CANCEL_S)
         await asyncio.gather(*carrying, return_exceptions=True)
+
+    async def explain(self, request: TraceRequest, buffers: Sequence[bytes]) -> Explanation:
+        """Return what a request would cost; nothing runs.
+
+        Raises:
+            NdifError: the server refuses it, or can't be reached.
+        """
+        ((_, frame),) = frames_of([Encoded(request, buffers)])
+        reply = await self._transport.post_frame("/v1/explain", frame, Explanations)
+        if len(reply.requests) != 1:
+            raise ProtocolError(
+                f"the server explained {len(reply.requests)} requests in place of 1"
+            )
+        return reply.requests[0]
 
     # ------------------------------------------------------------ sending
 
@@ -210,6 +249,13 @@ class Submitter:
             return
         pending.was_resent = True
         self._enqueue(pending)
+
+    def _forget(self, pending: Pending) -> asyncio.Task[None] | None:
+        if not pending.was_sent:
+            return None
+        telling = _task(self._delete(pending.id), self._cancels.discard)
+        self._cancels.add(telling)
+        return telling
 
     async def _delete(self, name: str) -> None:
         # A trace that has ended by itself, or a server that is gone, needs no cancelling.

@@ -10,21 +10,22 @@ from __future__ import annotations
 import asyncio
 import uuid
 import warnings
-from collections.abc import Callable, Generator
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Generator, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, Self, get_args
 
 from ndif_client.errors import ClosedTraceError, NoValueError, TraceCancelledError, graph_error
+from ndif_client.explanation import Explanation
 from ndif_client.naming import complete_names, save_structure, unsaved_variables
 from ndif_client.progress import OnProgress, Progress
-from ndif_client.prompts import Prompt, as_invoke
+from ndif_client.prompts import Messages, Prompt, as_invoke
 from ndif_client.recorder import Recorder
 from ndif_client.results import Result
 from ndif_client.sources import capture, user_frame
 from ndif_client.submission import Pending
 from ndif_client.wire.graph import MAX_INVOKES
-from ndif_client.wire.messages import Queued, Running, TraceRequest
+from ndif_client.wire.messages import Decoding, Generated, Numerics, Queued, Running, TraceRequest
 
 if TYPE_CHECKING:
     from ndif_client.session import Session
@@ -39,15 +40,27 @@ class Trace:
     Values are saved by `value.save()`, or by giving them to an attribute: `trace.h = value`.
     """
 
+    #: What it is called in messages, and what makes one.
+    _noun: ClassVar[str] = "trace"
+    _maker: ClassVar[str] = "session.trace"
+
+    #: How tokens are chosen, where some are to be generated.
+    _decoding: Decoding | None = None
+
     def __init__(
         self,
         session: Session,
         prompt: Prompt | None = None,
         function: TraceFunction | None = None,
         *,
+        messages: Messages | None = None,
+        numerics: Numerics = "fast",
         on_progress: OnProgress | None = None,
     ) -> None:
+        if numerics not in get_args(Numerics):
+            raise graph_error(f"numerics={numerics!r:.80} can't be: it is 'fast' or 'solo'")
         self._session = session
+        self._numerics: Numerics = numerics
         self._recorder = Recorder()
         self._on_progress = on_progress
         self._stack = ExitStack()
@@ -55,9 +68,10 @@ class Trace:
         self._opened = False
         self._pending: Pending | None = None
         self._waiters = 0
+        self._was_explained = False
         self._submitted_s = 0.0
-        if prompt is not None:
-            self._recorder.invokes.append(as_invoke(prompt))
+        if prompt is not None or messages is not None:
+            self._recorder.invokes.append(as_invoke(prompt, messages))
         if function is not None:
             self._record(function)
 
@@ -77,10 +91,10 @@ class Trace:
         """
         if self._recorder.failure is not None:
             raise NoValueError(
-                f"there is no result, because the trace has failed: {self._recorder.failure}"
+                f"there is no result, because the {self._noun} has failed: {self._recorder.failure}"
             ) from self._recorder.failure
         if self._recorder.result is None:
-            raise NoValueError("there is no result yet: `await` the trace to run it")
+            raise NoValueError(f"there is no result yet: `await` the {self._noun} to run it")
         return self._recorder.result
 
     def __repr__(self) -> str:
@@ -95,11 +109,11 @@ class Trace:
             state = "recorded"
         else:
             state = "recording" if self._opened else "new"
-        return f"Trace({self._id[:8]}, {state})"
+        return f"{type(self).__name__}({self._id[:8]}, {state})"
 
     # ------------------------------------------------------------ recording
 
-    def __enter__(self) -> Trace:
+    def __enter__(self) -> Self:
         self._open()
         return self
 
@@ -111,45 +125,57 @@ class Trace:
     ) -> None:
         self._close(error)
 
-    def invoke(self, prompt: Prompt) -> AbstractContextManager[None]:
+    def invoke(
+        self, prompt: Prompt | None = None, *, messages: Messages | None = None
+    ) -> AbstractContextManager[None]:
         """Add prompts of their own; reads and writes inside of the block are theirs.
 
         All invokes of a trace run in one forward, and values cross freely between them.
 
         Args:
             prompt: a text, token ids, or a list of either (one batch).
+            messages: a conversation in its place, or a list of them.
+
+        Raises:
+            GraphError: that is no prompt.
+            ClosedTraceError: nothing is recorded here.
         """
         recorder = self._recorder
         recorder.check_open()
         if not self._opened:
             raise graph_error(
-                "trace.invoke(...) belongs inside of the trace's own `with` block", ClosedTraceError
+                f"invoke(...) belongs inside of the {self._noun}'s own `with` block",
+                ClosedTraceError,
             )
         if len(recorder.invokes) >= MAX_INVOKES:
-            raise graph_error(f"a trace has at most {MAX_INVOKES} invokes")
-        recorder.invokes.append(as_invoke(prompt))
+            raise graph_error(f"a {self._noun} has at most {MAX_INVOKES} invokes")
+        recorder.invokes.append(as_invoke(prompt, messages))
         return recorder.recording(len(recorder.invokes) - 1)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name.startswith("_"):
             object.__setattr__(self, name, value)
             return
-        if name in _OWN_NAMES:
+        if hasattr(type(self), name):
             raise graph_error(
-                f"a trace has its own {name!r}; give the value another name, or save it by "
+                f"a {self._noun} has its own {name!r}; give the value another name, or save it by "
                 f".save({name!r})"
             )
         self._recorder.check_open()
-        saved = save_structure(value, self._recorder, f"trace.{name}")
+        saved = save_structure(value, self._recorder, f"{self._noun}.{name}")
         self._recorder.name(name, saved, replace=True)
         self.__dict__[name] = value
 
     def __getattr__(self, name: str) -> Any:
-        raise AttributeError(f"nothing was saved as {name!r} on this trace")
+        if name in ("all", "prefill", "steps"):
+            raise AttributeError(f"no {name!r}: a trace has one step; use session.generate(...)")
+        raise AttributeError(f"nothing was saved as {name!r} on this {self._noun}")
 
     def _open(self) -> None:
         if self._opened:
-            raise graph_error("a trace is recorded once; make another one", ClosedTraceError)
+            raise graph_error(
+                f"a {self._noun} is recorded once; make another one", ClosedTraceError
+            )
         self._opened = True
         self._stack.enter_context(self._recorder.recording(0 if self._recorder.invokes else None))
 
@@ -192,19 +218,23 @@ class Trace:
         recorder = self._recorder
         if not recorder.invokes:
             raise graph_error(
-                "this trace has no prompt: session.trace(prompt), or trace.invoke(prompt) inside"
+                f"this {self._noun} has no prompt: {self._maker}(prompt), or invoke(prompt) inside"
             )
+        self._check_saves(frame)
+
+    def _check_saves(self, frame: FrameType | None) -> None:
+        recorder = self._recorder
         if not recorder.names and not recorder.has_writes:
             held = " or ".join(map(repr, unsaved_variables(recorder, frame)))
             raise graph_error(
-                "this trace saves nothing, so it would compute for nobody: call .save() on "
-                f"{held or 'a value'}, give it to an attribute of the trace, or return it from "
-                "the function"
+                f"this {self._noun} saves nothing, so it would compute for nobody: call .save() on "
+                f"{held or 'a value'}, give it to an attribute of the {self._noun}, or return it "
+                "from the function"
             )
 
     # ------------------------------------------------------------ running
 
-    async def __aenter__(self) -> Trace:
+    async def __aenter__(self) -> Self:
         self._open()
         return self
 
@@ -221,28 +251,83 @@ class Trace:
     def __await__(self) -> Generator[Any, None, Result]:
         return self._run().__await__()
 
+    async def cancel(self) -> None:
+        """End it, wherever it is; who awaits it gets `TraceCancelledError`. Ended, it stays so."""
+        if self._recorder.result is not None or self._recorder.failure is not None:
+            return
+        error = TraceCancelledError(f"the {self._noun} was cancelled")
+        if self._pending is None:
+            self._recorder.failure = error
+        elif not self._pending.reply.done():
+            telling = self._session._submitter.cancel(self._pending, error)
+            self._fail(error)
+            if telling is not None:
+                await telling
+
+    async def explain(self) -> Explanation:
+        """Return what it would cost, without running it; it can be run after that.
+
+        Inside of its block this is about what has been recorded so far.
+
+        Raises:
+            ClosedTraceError: it was submitted already.
+            NdifError: the server refuses it, or can't be reached.
+        """
+        if self._recorder.failure is not None:
+            raise self._recorder.failure
+        if self._pending is not None:
+            raise graph_error(
+                f"this {self._noun} was submitted already; explain it before that", ClosedTraceError
+            )
+        if not self._opened:
+            self._record_nothing("explained")
+        self._was_explained = True
+        submitter = self._session._submitter
+        return await submitter.explain(self._request(), self._recorder.buffers)
+
     async def _run(self) -> Result:
-        """Submit the trace, once, and wait for its result; cancelling this cancels the trace."""
+        """Submit it, once, and wait for its result; cancelling this cancels it."""
         recorder = self._recorder
         if recorder.result is not None:
             return recorder.result
-        if recorder.failure is not None:
-            raise recorder.failure
-        if recorder.closed_at is None:
-            where = "inside of its own block" if self._opened else "before it was recorded"
-            raise graph_error(
-                f"a trace is awaited {where}; record it with `with trace:` (or `async with`, which "
-                "also runs it), and await it after that",
-                ClosedTraceError,
-            )
-        pending = self._pending or self._submit()
+        pending = self._start()
+        with self._awaiting(pending):
+            done, buffers = await asyncio.shield(pending.reply)
+        if recorder.result is None:
+            blocks = {number: recorder.block_of(number) for number in recorder.saves()}
+            tensors = self._session._tensors
+            recorder.result = Result(done, buffers, recorder.names, tensors, blocks)
+            self._tell(Progress(self._id, "done", elapsed_s=self._elapsed_s()))
+        return recorder.result
+
+    def _start(self) -> Pending:
+        """Return the request on its way, submitted now if it was not."""
+        if self._recorder.failure is not None:
+            raise self._recorder.failure
+        if self._recorder.closed_at is None:
+            self._record_nothing("awaited")
+        return self._pending or self._submit()
+
+    def _record_nothing(self, what: str) -> None:
+        """Do what is to be done when it is to run without having been recorded: refuse it."""
+        where = "inside of its own block" if self._opened else "before it was recorded"
+        raise graph_error(
+            f"a {self._noun} is {what} {where}; record it with `with {self._noun}:` (or `async "
+            "with`, which also runs it), and await it after that",
+            ClosedTraceError,
+        )
+
+    @contextmanager
+    def _awaiting(self, pending: Pending) -> Iterator[None]:
+        """Within the block, somebody waits for the request; the last one who gives up ends it."""
         self._waiters += 1
         try:
-            done, buffers = await asyncio.shield(pending.reply)
+            yield
         except asyncio.CancelledError:
             if self._waiters == 1:
-                self._session._submitter.cancel(pending)
-                self._fail(TraceCancelledError("the trace was cancelled while it was awaited"))
+                error = TraceCancelledError(f"the {self._noun} was cancelled while it was awaited")
+                self._session._submitter.cancel(pending, error)
+                self._fail(error)
             raise
         except Exception as error:
             self._fail(error)
@@ -251,21 +336,26 @@ class Trace:
             self._waiters -= 1
             if pending.reply.done():
                 self._recorder.buffers.clear()  # the constants have been sent
-        if recorder.result is None:
-            recorder.result = Result(done, buffers, recorder.names, self._session._tensors)
-            self._tell(Progress(self._id, "done", elapsed_s=self._elapsed_s()))
-        return recorder.result
 
     def _submit(self) -> Pending:
-        request = TraceRequest(
+        self._submitted_s = asyncio.get_running_loop().time()
+        self._pending = self._session._submitter.submit(
+            self._request(), self._recorder.buffers, self._note, self._take_tokens
+        )
+        return self._pending
+
+    def _request(self) -> TraceRequest:
+        return TraceRequest(
             id=self._id,
             model=self._session.tree.id,
             invokes=self._recorder.invokes,
             graph=self._recorder.graph(),
+            decoding=self._decoding,
+            numerics=self._numerics,
         )
-        self._submitted_s = asyncio.get_running_loop().time()
-        self._pending = self._session._submitter.submit(request, self._recorder.buffers, self._note)
-        return self._pending
+
+    def _take_tokens(self, event: Generated) -> None:
+        """Note the tokens of one step; a trace has none."""
 
     def _note(self, event: Queued | Running) -> None:
         elapsed_s = self._elapsed_s()
@@ -290,12 +380,10 @@ class Trace:
         recorder: Recorder | None = self.__dict__.get("_recorder")
         if recorder is None or recorder.closed_at is None or recorder.failure is not None:
             return
-        if self._pending is None:
+        if self._pending is None and not self._was_explained:
             warnings.warn(
-                f"the trace recorded at {recorder.closed_at} was never awaited, so it never ran",
+                f"the {self._noun} recorded at {recorder.closed_at} was never awaited, so it never "
+                "ran",
                 RuntimeWarning,
                 stacklevel=2,
             )
-
-
-_OWN_NAMES = frozenset(name for name in vars(Trace) if not name.startswith("_"))

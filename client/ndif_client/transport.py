@@ -5,7 +5,7 @@ Knows endpoints and frames; knows nothing of graphs, proxies or results.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import quote, urlsplit
@@ -23,6 +23,8 @@ T = TypeVar("T")
 
 #: Content type of one frame, and of a stream of them.
 _FRAMES = "application/vnd.ndif.frames"
+
+_JSON = {"Content-Type": "application/json"}
 
 #: Bytes of one write of a large body, so that a slow server slows us down.
 _WRITE_BYTES = 1 << 20
@@ -93,6 +95,11 @@ class Transport:
         async with self._short("POST", path, data=data) as response:
             return _decode_json(await response.read(), reply, self.url + path)
 
+    async def post_frame(self, path: str, body: Sequence[Buffer], reply: type[T]) -> T:
+        """Send one frame and fetch a JSON reply; raises as `get` does."""
+        async with self._short("POST", path, _as_data(body), _frame_headers(body)) as response:
+            return _decode_json(await response.read(), reply, self.url + path)
+
     async def delete(self, path: str) -> None:
         """Delete something; raises as `get` does."""
         async with self._short("DELETE", path):
@@ -111,11 +118,8 @@ class Transport:
         import aiohttp
 
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=self.timeout, sock_read=_SILENCE_S)
-        headers = {"Content-Type": _FRAMES}
-        data: Buffer | AsyncIterator[Buffer] | None = None
-        if body is not None:
-            headers["Content-Length"] = str(frame_bytes(body))
-            data = body[0] if len(body) == 1 else _written(body)
+        headers = _frame_headers(body) if body is not None else {"Content-Type": _FRAMES}
+        data = _as_data(body) if body is not None else None
         try:
             async with self._session.request(
                 method, self.url + path, data=data, headers=headers, timeout=timeout
@@ -144,12 +148,15 @@ class Transport:
 
     @asynccontextmanager
     async def _short(
-        self, method: str, path: str, data: bytes | None = None
+        self,
+        method: str,
+        path: str,
+        data: Buffer | AsyncIterator[Buffer] | None = None,
+        headers: Mapping[str, str] = _JSON,
     ) -> AsyncIterator[aiohttp.ClientResponse]:
         import aiohttp
 
         timeout = aiohttp.ClientTimeout(total=self.timeout)
-        headers = {"Content-Type": "application/json"}
         url = self.url + path
         try:
             async with self._session.request(
@@ -226,6 +233,14 @@ def _refusal(data: bytes, status: int, url: str) -> NdifError:
         error = from_fault(fault)
     error.status = status
     return error
+
+
+def _frame_headers(body: Sequence[Buffer]) -> dict[str, str]:
+    return {"Content-Type": _FRAMES, "Content-Length": str(frame_bytes(body))}
+
+
+def _as_data(body: Sequence[Buffer]) -> Buffer | AsyncIterator[Buffer]:
+    return body[0] if len(body) == 1 else _written(body)
 
 
 async def _written(body: Sequence[Buffer]) -> AsyncIterator[Buffer]:

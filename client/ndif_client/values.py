@@ -131,7 +131,9 @@ def node_of(value: Value, recorder: Recorder | None = None) -> int:
     if isinstance(origin, View):
         parent = node_of(origin.parent)
         if origin.seen != origin.parent._version:
-            _replace(value, own.add(_with_input(origin.apply, parent)))
+            # At the steps it was made for: those of the line that uses it now may be others.
+            block = own.block_of(value._node)
+            _replace(value, own.add(_with_input(origin.apply, parent), block=block))
             origin.seen = origin.parent._version
     return value._node
 
@@ -207,6 +209,14 @@ def _mark_stale(value: Value, at: Source) -> None:
 
 
 def _check_changeable(value: Value) -> None:
+    recorder = value._recorder
+    made, now = recorder.block_of(value._node).steps, recorder.block.steps
+    if made != now and not isinstance(value._origin, Owned):
+        raise graph_error(
+            f"a value of {made} can't be changed in place at {now}, because no change is carried "
+            "from step to step; read it again there, or change a .clone()",
+            other=recorder.source_of(value._node),
+        )
     if isinstance(value._origin, Owned):
         raise graph_error(
             f"{value._origin.path} belongs to the model, which others use too: it is read-only; "

@@ -11,15 +11,21 @@ from typing import TYPE_CHECKING
 
 import msgspec
 import structlog
+from msgspec.structs import replace
 
 from ndif_actor.actor.thread import WorkThread
+from ndif_actor.coordinator import decodings
+from ndif_actor.coordinator.capacity import CacheSize
 from ndif_actor.coordinator.choice import ModelChoice
+from ndif_actor.coordinator.completions import GrowingCompletion
 from ndif_actor.coordinator.events import Ticket
 from ndif_actor.coordinator.screening import own_buffers, refused, screen
 from ndif_actor.errors import RequestError
 from ndif_actor.messages import Group
-from ndif_client.wire.graph import Invoke
+from ndif_client.wire.graph import Chat, Invoke
 from ndif_client.wire.messages import (
+    Decoding,
+    Explanation,
     Fault,
     ModelTree,
     PromptTokens,
@@ -30,6 +36,7 @@ from ndif_client.wire.messages import (
 
 if TYPE_CHECKING:
     from ndif_actor.engine.blueprint import Blueprint
+    from ndif_actor.engine.shapes import Price
     from ndif_actor.engine.tokens import Tokenizer
 
 _log = structlog.get_logger(__name__)
@@ -56,20 +63,29 @@ class Prepared(msgspec.Struct, frozen=True):
         group: token ids and graph; `Constant` nodes point into `buffers`.
         buffers: the bytes of its constants, and of nobody else's.
         prompts: what the client is told about its tokens.
+        completions: of a generation, what each of its sequences becomes.
     """
 
     ticket: Ticket
     group: Group
     buffers: list[memoryview]
     prompts: list[list[PromptTokens]]
+    completions: list[GrowingCompletion] = []
 
 
 class Admission:
     """The model without weights, and the thread that checks requests against it."""
 
-    def __init__(self, model_id: str, limits: RequestLimits) -> None:
+    def __init__(
+        self, model_id: str, limits: RequestLimits, *, share_prefixes: bool = False
+    ) -> None:
         self._model_id = model_id
         self._limits = limits
+        self._share_prefixes = share_prefixes
+        #: a number for each user, whose requests may share what is computed for their prompts
+        self._sharing: dict[str, int] = {}
+        self._cache = CacheSize()
+        self._pad = 0
         self._thread = WorkThread("admission")
         self._blueprint: Blueprint
         self._tokenizer: Tokenizer
@@ -89,6 +105,8 @@ class Admission:
         folder = Path(choice.folder)
         self._blueprint = Blueprint.load(folder, choice.dtype, world_size)
         self._tokenizer = Tokenizer.load(folder)
+        known = self._tokenizer.pad < self._blueprint.vocab_size
+        self._pad = self._tokenizer.pad if known else 0
 
     async def tree(self, device: str, unpackable: str | None) -> ModelTree:
         """Describe the model to clients, as its shards have found it."""
@@ -96,6 +114,10 @@ class Admission:
 
     def _tree(self, device: str, unpackable: str | None) -> ModelTree:
         return self._blueprint.tree(model_id=self._model_id, device=device, unpackable=unpackable)
+
+    def set_cache(self, cache: CacheSize) -> None:
+        """Note what the replica that is ready now has for generations."""
+        self._cache = cache
 
     async def decode(self, header: bytes | bytearray | memoryview) -> Submission:
         """Decode a submission, large ones in the thread.
@@ -112,17 +134,31 @@ class Admission:
             raise refused("protocol", "the submission is nested too deeply") from None
 
     async def admit(
-        self, submission: Submission, buffers: list[memoryview]
+        self, submission: Submission, buffers: list[memoryview], user: str
     ) -> list[Prepared | Fault]:
-        """Check and price every request of a submission, in its order.
+        """Check and price every request of a submission of `user`, in its order.
 
         Submissions take turns in the thread, so that a long one does not hold the others up.
         """
         requests = submission.requests
         answers: list[Prepared | Fault] = []
         while len(answers) < len(requests):
-            answers += await self._thread.call(self._admit_some, requests[len(answers) :], buffers)
+            rest = requests[len(answers) :]
+            answers += await self._thread.call(self._admit_some, rest, buffers, user)
         return answers
+
+    async def explain(
+        self, submission: Submission, buffers: list[memoryview], user: str
+    ) -> list[Explanation]:
+        """Say what each request of a submission would cost.
+
+        Raises:
+            RequestError: one of them can't run; the fault is the first one's.
+        """
+        return [
+            await self._thread.call(self._explain, request, buffers, user)
+            for request in submission.requests
+        ]
 
     async def tokenize(self, text: str) -> TokenizeReply:
         """Return the ids of `text` and the text of each."""
@@ -143,20 +179,23 @@ class Admission:
     # ------------------------------------------------------------ in the thread
 
     def _admit_some(
-        self, requests: list[TraceRequest], buffers: list[memoryview]
+        self, requests: list[TraceRequest], buffers: list[memoryview], user: str
     ) -> list[Prepared | Fault]:
         """Check requests from the front of a list, one at least, for as long as a turn lasts."""
         end_s = time.monotonic() + TURN_S
         answers: list[Prepared | Fault] = []
         for request in requests:
-            answers.append(self._admit_one(request, buffers))
+            answers.append(self._admit_one(request, buffers, user))
             if time.monotonic() > end_s:
                 break
         return answers
 
-    def _admit_one(self, request: TraceRequest, buffers: list[memoryview]) -> Prepared | Fault:
+    def _admit_one(
+        self, request: TraceRequest, buffers: list[memoryview], user: str
+    ) -> Prepared | Fault:
         try:
-            return self._prepare(request, buffers)
+            prepared, _ = self._prepare(request, buffers, user)
+            return prepared
         except RequestError as error:
             return error.fault
         except Exception:
@@ -165,34 +204,82 @@ class Admission:
             message = "the server could not check this request (its log says why)"
             return Fault(kind="internal", message=message)
 
-    def _prepare(self, request: TraceRequest, buffers: list[memoryview]) -> Prepared:
+    def _explain(self, request: TraceRequest, buffers: list[memoryview], user: str) -> Explanation:
+        prepared, price = self._prepare(request, buffers, user)
+        explanation: Explanation = self._blueprint.explain(request.id, prepared.group, price)
+        return explanation
+
+    def _prepare(
+        self, request: TraceRequest, buffers: list[memoryview], user: str
+    ) -> tuple[Prepared, Price]:
         if request.model not in ("", self._model_id):
             raise refused(
                 "protocol", f"model {request.model!r} is not served here, {self._model_id!r} is"
             )
         num_saves = screen(request.graph)
         prompts = [self._prompts(number, invoke) for number, invoke in enumerate(request.invokes)]
+        sharing = self._sharing_of(user)
+        decoding = request.decoding
+        if decoding is not None:
+            decoding = decodings.resolve(decoding, self._tokenizer, self._blueprint.vocab_size)
+            self._check_length(prompts, decoding.max_new_tokens)
         graph, own = own_buffers(request.graph, buffers)
         lengths = [[len(prompt.ids) for prompt in invoke] for invoke in prompts]
-        price = self._blueprint.check(graph, lengths, own)
+        steps = 0 if decoding is None else decoding.max_new_tokens
+        price = self._blueprint.check(graph, lengths, own, steps)
         self._check_price(price.value_bytes, price.saved_bytes)
+        group = Group(
+            request=request.id,
+            invokes=[[prompt.ids for prompt in invoke] for invoke in prompts],
+            graph=graph,
+            sharing=sharing,
+            # What the shards have to know are ids: texts are looked for here.
+            decoding=None if decoding is None else replace(decoding, stop=[]),
+        )
+        alone = request.numerics == "solo"
         nbytes = price.value_bytes + price.saved_bytes
-        return Prepared(
-            ticket=Ticket(request.id, price.tokens, nbytes, num_saves),
-            group=Group(
-                request=request.id,
-                invokes=[[prompt.ids for prompt in invoke] for invoke in prompts],
-                graph=graph,
+        if decoding is None:
+            ticket = Ticket(request.id, price.tokens, nbytes, num_saves, alone)
+            return Prepared(ticket, group, own, prompts), price
+        ids = [prompt.ids for invoke in prompts for prompt in invoke]
+        ticket = Ticket(
+            request=request.id,
+            tokens=sum(map(len, ids)),
+            # What is saved over all steps leaves the shards with each of them.
+            nbytes=min(nbytes, 2 * price.value_bytes),
+            tensors=num_saves,
+            alone=alone,
+            continuation=decodings.continuation(
+                graph, ids, decoding, sharing=sharing, alone=alone, pad=self._pad
             ),
-            buffers=own,
-            prompts=prompts,
+        )
+        completions = [self._completion(decoding) for _ in ids]
+        return Prepared(ticket, group, own, prompts, completions), price
+
+    def _sharing_of(self, user: str) -> int:
+        if self._share_prefixes:
+            return 0
+        return self._sharing.setdefault(user, len(self._sharing))
+
+    def _completion(self, decoding: Decoding) -> GrowingCompletion:
+        return GrowingCompletion(
+            eos=decoding.eos or [],
+            stop=decoding.stop,
+            max_new_tokens=decoding.max_new_tokens,
+            stream=self._tokenizer.detokenizer(),
+            pieces=self._tokenizer.pieces,
         )
 
     def _prompts(self, number: int, invoke: Invoke) -> list[PromptTokens]:
         found = []
         for index, prompt in enumerate(invoke.prompts):
             place = f"prompt {index} of invoke {number}"
-            ids = self._tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+            if isinstance(prompt, str):
+                ids = self._tokenizer.encode(prompt)
+            elif isinstance(prompt, Chat):
+                ids = self._tokenizer.chat(prompt)
+            else:
+                ids = prompt
             if not ids:
                 raise refused("graph", f"{place} has no tokens")
             if len(ids) > self._blueprint.max_positions:
@@ -201,6 +288,32 @@ class Admission:
             self._check_ids(ids, place)
             found.append(PromptTokens(ids, self._tokenizer.pieces(ids)))
         return found
+
+    def _check_length(self, prompts: list[list[PromptTokens]], max_new_tokens: int) -> None:
+        """Refuse a generation that the model's positions or the KV cache can't hold."""
+        cache, most = self._cache, self._blueprint.max_positions
+        if not cache.num_pages:
+            raise refused("limit", f"generation needs {cache.missing}")
+        pages = tokens = 0
+        for number, invoke in enumerate(prompts):
+            for index, prompt in enumerate(invoke):
+                length = len(prompt.ids) + max_new_tokens
+                if length > most:
+                    raise refused(
+                        "limit",
+                        f"prompt {index} of invoke {number} has {len(prompt.ids)} tokens, which "
+                        f"makes {length} with max_new_tokens={max_new_tokens}; "
+                        f"the model takes {most}",
+                    )
+                pages += -(-length // cache.page_tokens)
+                tokens += length
+        if pages > cache.num_pages:
+            raise refused(
+                "limit",
+                f"the prompts and max_new_tokens={max_new_tokens} for each make {tokens} tokens "
+                f"({pages} pages of {cache.page_tokens}); the KV cache of this server holds "
+                f"{cache.tokens} ({cache.num_pages} pages)",
+            )
 
     def _check_ids(self, ids: list[int], place: str) -> None:
         if ids and max(ids) >= self._blueprint.vocab_size:
@@ -215,7 +328,7 @@ class Admission:
             if nbytes > most:
                 raise refused(
                     "limit",
-                    f"this trace would {what} {nbytes} bytes; this server allows {most} a request. "
+                    f"this request would {what} {nbytes} bytes; this server allows {most}. "
                     "Save or keep less of it (a slice, fewer layers), or send fewer prompts",
                 )
 

@@ -19,8 +19,15 @@ import structlog
 from ndif_actor.config import ServerConfig
 from ndif_actor.coordinator import events
 from ndif_actor.coordinator.admission import Admission, Prepared, RequestLimits
+from ndif_actor.coordinator.capacity import CacheSize, cache_size
 from ndif_actor.coordinator.choice import choose
-from ndif_actor.coordinator.jobs import Job, build_pass, new_job, outcome, statistics_of
+from ndif_actor.coordinator.jobs import (
+    Job,
+    advance,
+    build_pass,
+    count_pass,
+    new_job,
+)
 from ndif_actor.coordinator.ledger import Ledger
 from ndif_actor.coordinator.pace import Pace
 from ndif_actor.coordinator.replica import Replica
@@ -29,10 +36,11 @@ from ndif_actor.coordinator.scheduler import Scheduler
 from ndif_actor.coordinator.screening import check_protocol
 from ndif_actor.coordinator.stream import EventStream
 from ndif_actor.errors import LaunchError, ReplicaLost, RequestError
-from ndif_actor.messages import Loaded
+from ndif_actor.messages import Forget, Loaded
 from ndif_client.wire.frames import Frame
 from ndif_client.wire.messages import (
     Done,
+    Explanations,
     Failed,
     Fault,
     ModelSummary,
@@ -62,6 +70,7 @@ class Coordinator:
         self.admission = Admission(
             model_id,
             RequestLimits(value_bytes=config.max_value_bytes, saved_bytes=config.max_saved_bytes),
+            share_prefixes=config.share_prefixes,
         )
         self._config = config
         self._replica = replica
@@ -72,6 +81,7 @@ class Coordinator:
                 max_requests_per_user=config.max_queued_per_user,
                 max_bytes=config.max_queued_bytes,
             ),
+            config.max_swapped_tokens,
         )
         self.ledger = Ledger(ResultStore(config.result_ttl_s, config.max_result_bytes))
         self._tasks: set[asyncio.Task[None]] = set()
@@ -80,6 +90,7 @@ class Coordinator:
         self._draining = False
         self._lost_reason = ""
         self._pace = Pace()
+        self._cache = CacheSize()
         #: set when the model is first served; `device` is known from then on
         self.ready = asyncio.Event()
         self.device = ""
@@ -96,7 +107,9 @@ class Coordinator:
         choice = choose(folder, self._config.dtype, self._config.device)
         loading = asyncio.create_task(self.admission.load(choice, self._config.tp))
         serving = asyncio.create_task(
-            self._replica.run(choice, self._become_ready, self._become_lost)
+            self._replica.run(
+                choice, self._config.cache_bytes, self._become_ready, self._become_lost
+            )
         )
         try:
             await asyncio.gather(loading, serving)
@@ -140,7 +153,9 @@ class Coordinator:
             ready=True,
         )
         self.device = tree.device
-        self._tell(events.ReplicaReady(tree.packed))
+        self._cache = cache_size(loaded, tree.unpackable)
+        self.admission.set_cache(self._cache)
+        self._tell(events.ReplicaReady(tree.packed, self._cache.num_pages, self._cache.page_tokens))
         self.ready.set()
 
     def _become_lost(self, reason: str) -> None:
@@ -205,10 +220,7 @@ class Coordinator:
             RequestError: the whole submission is refused: not ready, no room, wrong version.
             msgspec.DecodeError: the header is no submission.
         """
-        self.check_serving()
-        submission = await self.admission.decode(frame.header)
-        check_protocol(submission)
-        self.check_serving()
+        submission = await self._decode(frame)
         names = tuple(request.id for request in submission.requests)
         nbytes = DECODED_FACTOR * len(frame.header) + sum(b.nbytes for b in frame.buffers)
         self._check_new(names)
@@ -219,8 +231,22 @@ class Coordinator:
         now = time.monotonic()
         jobs = [new_job(name, owner, stream, now) for name in names]
         self.ledger.open(jobs)
-        self._spawn(self._admit(submission, frame.buffers, jobs), jobs)
+        self._spawn(self._admit(submission, frame.buffers, user, jobs), jobs)
         return stream
+
+    async def explain(self, frame: Frame, *, user: str) -> Explanations:
+        """Say what each request of a submission would cost, and run none of them.
+
+        Args:
+            frame: header `Submission`.
+            user: who asks.
+
+        Raises:
+            RequestError: not ready, wrong version, or one of the requests can't run.
+            msgspec.DecodeError: the header is no submission.
+        """
+        submission = await self._decode(frame)
+        return Explanations(await self.admission.explain(submission, frame.buffers, user))
 
     def cancel(self, request: str, owner: str) -> bool:
         """Cancel an unfinished request, forget a finished one; False if there is none."""
@@ -234,6 +260,13 @@ class Coordinator:
         return True
 
     # ------------------------------------------------------------ arrival
+
+    async def _decode(self, frame: Frame) -> Submission:
+        self.check_serving()
+        submission = await self.admission.decode(frame.header)
+        check_protocol(submission)
+        self.check_serving()
+        return submission
 
     def _check_new(self, names: tuple[str, ...]) -> None:
         seen: set[str] = set()
@@ -251,9 +284,9 @@ class Coordinator:
         return RequestError(Fault(kind="busy", message=answer.message, retry_after=retry_after))
 
     async def _admit(
-        self, submission: Submission, buffers: list[memoryview], jobs: list[Job]
+        self, submission: Submission, buffers: list[memoryview], user: str, jobs: list[Job]
     ) -> None:
-        answers = await self.admission.admit(submission, buffers)
+        answers = await self.admission.admit(submission, buffers, user)
         tickets, refused = [], []
         for job, answer in zip(jobs, answers, strict=True):
             if not self.ledger.is_open(job):
@@ -281,6 +314,8 @@ class Coordinator:
             case events.Linger(sequence=sequence):
                 loop = asyncio.get_running_loop()
                 loop.call_later(self._pace.linger_s(), self._tell, events.LingerOver(sequence))
+            case Forget():
+                self._spawn(self._replica.tell(command), [])
             case events.Drop(request=request):
                 fault = Fault(kind="cancelled", message="cancelled by its user")
                 self.ledger.fail(self.ledger.job(request), fault)
@@ -293,39 +328,55 @@ class Coordinator:
                 raise AssertionError(f"{command} is an answer, not a command")
 
     def _start_pass(self, start: events.StartPass) -> None:
-        jobs = [self.ledger.job(request) for request in start.requests]
+        jobs = [self.ledger.job(request) for request in start.members]
         now = time.monotonic()
-        for job in jobs:
+        for job in jobs[: len(start.requests)]:
             job.started_s = now
             job.tell(Running(job.id, len(jobs)))
         self._spawn(self._run_pass(start, jobs), jobs)
 
     async def _run_pass(self, start: events.StartPass, jobs: list[Job]) -> None:
+        start_s = time.monotonic()
         try:
             message, buffers = build_pass(start, jobs)
+            for command in start.before:
+                await self._replica.tell(command)
             report = await self._replica.run_pass(message, buffers)
         except ReplicaLost:
             return  # `_become_lost` abandons the requests
         except Exception:
-            self._tell(events.PassFinished(start.sequence))
+            self._tell(events.PassFinished(start.sequence, ended=start.members))
             raise
         _log.debug("pass", sequence=start.sequence, groups=len(jobs), forward_s=report.forward_s)
-        self._pace.note(len(jobs), time.monotonic() - jobs[0].started_s)
-        # The next pass starts before this one's results are handed out.
-        self._tell(events.PassFinished(start.sequence))
+        self._pace.note(len(jobs), time.monotonic() - start_s)
         with report.memory:
-            for job in jobs:
-                if self.ledger.is_open(job):  # else cancelled while it ran
-                    statistics = statistics_of(job, start, jobs, report.forward_s)
-                    self.ledger.end(job, outcome(job, statistics, report))
+            # Whoever is not open any more was cancelled while it ran.
+            going_on = [job for job in jobs if self.ledger.is_open(job)]
+            for job in going_on:
+                count_pass(job, start, jobs, report.forward_s, self._cache.page_tokens)
+            now = time.monotonic()
+            steps = [(job, advance(job, report, now)) for job in going_on]
+            grown = tuple(step.grown for _, step in steps if step.grown is not None)
+            ended = tuple(job.id for job, step in steps if step.last is not None)
+            # The next pass starts before this one's results are handed out.
+            self._tell(events.PassFinished(start.sequence, grown, ended))
+            for job, step in steps:
+                if not self.ledger.is_open(job):
+                    continue
+                if step.generated is not None:
+                    job.tell(step.generated)
+                if step.last is not None:
+                    self.ledger.end(job, step.last)
 
     # ------------------------------------------------------------ ends
 
     def _give_up(self, job: Job, fault: Fault) -> None:
         """End a request that the scheduler still counts on."""
         if self.ledger.is_open(job):
-            self._scheduler.handle(events.Cancelled(job.id))
             self.ledger.fail(job, fault)
+            for command in self._scheduler.handle(events.Cancelled(job.id)):
+                if command != events.Drop(job.id):
+                    self._obey(command)
 
     def _spawn(self, work: Coroutine[None, None, None], jobs: list[Job]) -> None:
         """Run `work` by itself; whatever goes wrong in it, its requests are answered."""

@@ -6,22 +6,53 @@ from typing import Literal
 
 import msgspec
 
-from ndif_actor.messages import Layout
+from ndif_actor.messages import Forget, Layout, Part, SwapIn, SwapOut
+
+
+class Continuation(msgspec.Struct, frozen=True, kw_only=True):
+    """What the scheduler needs to know of a generation beyond its cost.
+
+    Attributes:
+        prompts: the token ids of each sequence.
+        max_new_tokens: of each sequence.
+        sharing: pages of the KV cache are shared among generations where this is equal.
+        chunkable: its prompt may be fed piece by piece, as nothing looks at the prefill.
+        takes_cached: it may begin after pages that others have computed.
+        registers_prompt: others may take the pages of its prompt.
+        registers_rest: others may also take the pages of what it generates.
+        lockstep: sequences that have ended are fed `pad` until all have, as its graph looks at
+            them together.
+        pad: a token id.
+    """
+
+    prompts: list[list[int]]
+    max_new_tokens: int
+    sharing: int = 0
+    chunkable: bool = False
+    takes_cached: bool = False
+    registers_prompt: bool = False
+    registers_rest: bool = False
+    lockstep: bool = False
+    pad: int = 0
 
 
 class Ticket(msgspec.Struct, frozen=True):
     """An admitted request as the scheduler sees it: an id and what it costs.
 
     Attributes:
-        tokens: rows of the packed batch that it takes.
-        nbytes: memory that its values take at their peak.
-        tensors: how many values it saves.
+        tokens: rows of the packed batch that it takes; of a generation, in its first forward.
+        nbytes: memory that its values take at their peak, in any one forward.
+        tensors: how many values it saves in a forward.
+        alone: it shares no forward with others.
+        continuation: of a generation; None for a trace.
     """
 
     request: str
     tokens: int
     nbytes: int = 0
     tensors: int = 0
+    alone: bool = False
+    continuation: Continuation | None = None
 
 
 class Budget(msgspec.Struct, frozen=True):
@@ -32,16 +63,18 @@ class Budget(msgspec.Struct, frozen=True):
     #: a frame numbers its buffers with 16 bits, and a saved tuple takes several
     tensors: int = 16_384
 
-    def fits(self, ticket: Ticket) -> bool:
+    def fits(self, ticket: Ticket, tokens: int) -> bool:
+        """Whether `ticket` with `tokens` rows is within it."""
         return (
-            ticket.tokens <= self.tokens
+            tokens <= self.tokens
             and ticket.nbytes <= self.nbytes
             and ticket.tensors <= self.tensors
         )
 
-    def minus(self, ticket: Ticket) -> Budget:
+    def minus(self, ticket: Ticket, tokens: int) -> Budget:
+        """Return what `ticket` with `tokens` rows leaves of it."""
         return Budget(
-            self.tokens - ticket.tokens,
+            self.tokens - tokens,
             self.nbytes - ticket.nbytes,
             self.tensors - ticket.tensors,
         )
@@ -85,16 +118,37 @@ class LingerOver(msgspec.Struct, frozen=True):
     sequence: int
 
 
+class Grown(msgspec.Struct, frozen=True):
+    """What a forward has made of a generation, an entry for each of its sequences.
+
+    `tokens` has the sampled token or None, `finished` whether the sequence needs no more.
+    """
+
+    request: str
+    tokens: tuple[int | None, ...]
+    finished: tuple[bool, ...]
+
+
 class PassFinished(msgspec.Struct, frozen=True):
-    """The forward `sequence` is over on every shard."""
+    """The forward `sequence` is over on every shard.
+
+    Each generation that was in it is either in `grown` or, finished or failed, in `ended`.
+    """
 
     sequence: int
+    grown: tuple[Grown, ...] = ()
+    ended: tuple[str, ...] = ()
 
 
 class ReplicaReady(msgspec.Struct, frozen=True):
-    """All shards are loaded; `packed` says whether requests may share a forward."""
+    """All shards are loaded; `packed` says whether requests may share a forward.
+
+    They have a KV cache of `num_pages` empty pages of `page_tokens` tokens.
+    """
 
     packed: bool
+    num_pages: int = 0
+    page_tokens: int = 1
 
 
 class ReplicaLost(msgspec.Struct, frozen=True):
@@ -135,11 +189,29 @@ class Linger(msgspec.Struct, frozen=True):
 
 
 class StartPass(msgspec.Struct, frozen=True):
-    """Run one forward with these requests, in this order."""
+    """Run one forward: `requests` join it in this order, and `parts` go on, new ones included.
+
+    Attributes:
+        cached: for each generation that joins, the pages of each sequence that hold the beginning
+            of its prompt already.
+        before: what the shards are told first, in this order.
+        alone: the only request in it has asked for that.
+    """
 
     sequence: int
     requests: tuple[str, ...]
     layout: Layout
+    parts: tuple[Part, ...] = ()
+    cached: dict[str, list[list[int]]] = {}
+    before: tuple[Forget | SwapOut | SwapIn, ...] = ()
+    alone: bool = False
+
+    @property
+    def members(self) -> tuple[str, ...]:
+        """Everyone in it: those that join, then those that go on."""
+        joining = set(self.requests)
+        going_on = (part.request for part in self.parts if part.request not in joining)
+        return (*self.requests, *going_on)
 
 
 class Drop(msgspec.Struct, frozen=True):
@@ -149,9 +221,9 @@ class Drop(msgspec.Struct, frozen=True):
 
 
 class Abandon(msgspec.Struct, frozen=True):
-    """These were in the forward that the lost replica was running."""
+    """These were running on the replica that is lost, or can't run on the one that came back."""
 
     requests: tuple[str, ...]
 
 
-Command = Accept | Reject | Announce | Linger | StartPass | Drop | Abandon
+Command = Accept | Reject | Announce | Linger | StartPass | Forget | Drop | Abandon

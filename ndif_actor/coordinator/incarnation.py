@@ -51,6 +51,8 @@ class Incarnation:
         self.refused_to_load = False
         self._links: dict[int, Link[FromShard]] = {}
         self._pass: _Pass | None = None
+        #: every shard gets the same messages in the same order
+        self._telling = asyncio.Lock()
 
     @property
     def state(self) -> str:
@@ -113,8 +115,9 @@ class Incarnation:
     async def tell_all(self, message: msgspec.Struct, buffers: list[memoryview]) -> None:
         """Send one message to every shard; a failure loses the incarnation."""
         try:
-            for rank in sorted(self._links):
-                await self._links[rank].send(message, buffers)
+            async with self._telling:
+                for rank in sorted(self._links):
+                    await self._links[rank].send(message, buffers)
         except (OSError, FrameError) as error:
             # Some have it and some have not: they are no longer in step.
             self.lose(f"{type(message).__name__} could not be sent: {error}")

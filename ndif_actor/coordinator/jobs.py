@@ -5,28 +5,40 @@ from __future__ import annotations
 from typing import Literal
 
 import msgspec
+import structlog
 from msgspec.structs import replace
 
 from ndif_actor.coordinator.admission import Prepared
-from ndif_actor.coordinator.events import StartPass
+from ndif_actor.coordinator.events import Grown, StartPass
+from ndif_actor.coordinator.gathering import Gathered
 from ndif_actor.coordinator.results import Memory, Outgoing
 from ndif_actor.coordinator.screening import moved_constant
 from ndif_actor.coordinator.stream import EventStream
 from ndif_actor.messages import Group, GroupResult, RunPass
-from ndif_client.wire.frames import FrameLimits
 from ndif_client.wire.graph import Constant
-from ndif_client.wire.messages import Done, Event, Failed, Fault, Queued, Statistics
-from ndif_client.wire.tensors import TensorSpec
+from ndif_client.wire.messages import (
+    Completion,
+    Done,
+    Event,
+    Failed,
+    Fault,
+    Generated,
+    Queued,
+    Statistics,
+)
 
-#: Saved values up to this many bytes are copied: they would keep their neighbours' memory alive.
-COPY_BYTES = 64 << 10
-
-#: Buffers in one reply; clients accept no more in a frame.
-MAX_BUFFERS = FrameLimits().max_buffers
+_log = structlog.get_logger(__name__)
 
 
 class Job(msgspec.Struct, kw_only=True):
-    """One unfinished request; `prepared` is set at admission, `started_s` when its pass starts."""
+    """One unfinished request.
+
+    Attributes:
+        prepared: set at admission.
+        started_s: when its first pass starts.
+        statistics: what it has cost so far; set after its first pass.
+        gathered: what it has saved so far.
+    """
 
     id: str
     owner: str
@@ -35,11 +47,18 @@ class Job(msgspec.Struct, kw_only=True):
     progress: Event
     prepared: Prepared | None = None
     started_s: float = 0.0
+    statistics: Statistics | None = None
+    gathered: Gathered = msgspec.field(default_factory=Gathered)
 
     def tell(self, event: Event) -> None:
         """Send progress to whoever listens."""
         self.progress = event
         self.stream.push(Outgoing(event=event))
+
+    @property
+    def generates(self) -> bool:
+        """Whether it goes on after its first pass."""
+        return self.prepared is not None and self.prepared.group.decoding is not None
 
 
 def new_job(request: str, owner: str, stream: EventStream, now: float) -> Job:
@@ -49,14 +68,25 @@ def new_job(request: str, owner: str, stream: EventStream, now: float) -> Job:
 
 
 def build_pass(start: StartPass, jobs: list[Job]) -> tuple[RunPass, list[memoryview]]:
-    """Put the groups of one pass and the constants of all of them into one message."""
+    """Put the groups that join a pass and the constants of all of them into one message.
+
+    Args:
+        start: what the scheduler has decided.
+        jobs: at least those that join, in that order at the front.
+    """
     buffers: list[memoryview] = []
     groups = []
-    for job in jobs:
+    for job, _ in zip(jobs, start.requests, strict=False):
         assert job.prepared is not None, "only admitted requests are started"
-        groups.append(_shifted(job.prepared.group, len(buffers), job.prepared.buffers))
+        group = _shifted(job.prepared.group, len(buffers), job.prepared.buffers)
+        if job.id in start.cached:
+            group = replace(group, cached=start.cached[job.id])
+        groups.append(group)
         buffers += job.prepared.buffers
-    return RunPass(sequence=start.sequence, layout=start.layout, groups=groups), buffers
+    message = RunPass(
+        sequence=start.sequence, layout=start.layout, groups=groups, parts=list(start.parts)
+    )
+    return message, buffers
 
 
 def _shifted(group: Group, offset: int, own: list[memoryview]) -> Group:
@@ -82,61 +112,132 @@ class PassReport(msgspec.Struct, frozen=True):
     memory: Memory
 
 
-def outcome(job: Job, statistics: Statistics, report: PassReport) -> Outgoing:
-    """Return the last event of `job`: its values, or why there are none."""
+class Progress(msgspec.Struct, frozen=True, kw_only=True):
+    """How far a pass has brought a request.
+
+    Attributes:
+        grown: of a generation that goes on, for the scheduler.
+        generated: its new tokens, for the client.
+        last: its last event, if it has ended.
+    """
+
+    grown: Grown | None = None
+    generated: Generated | None = None
+    last: Outgoing | None = None
+
+
+def advance(job: Job, report: PassReport, now: float) -> Progress:
+    """Take in what a pass has made of `job`, whose statistics are up to date already.
+
+    Args:
+        job: was in the pass.
+        report: of the pass; its memory is held meanwhile.
+        now: the time, of the same clock as the job's.
+    """
+    try:
+        return _advance(job, report, now)
+    except Exception:
+        # Our own mistake must not take the neighbours' requests down with it.
+        _log.exception("a pass could not be taken in", request=job.id)
+        return _failed(job, "internal", "the server failed (its log says why)")
+
+
+def _advance(job: Job, report: PassReport, now: float) -> Progress:
     found = report.results.get(job.id, [])
     for result in found:
         if result.fault is not None:
-            return Outgoing(event=Failed(job.id, result.fault))
-    if not found or job.prepared is None:
+            return Progress(last=Outgoing(event=Failed(job.id, result.fault)))
+    if not found or job.prepared is None or job.statistics is None:
         return _failed(job, "internal", "the shards returned no result for this request")
-    count = len(found[0].tensors) + sum(len(saved.items) for saved in found[0].tuples)
-    if count > MAX_BUFFERS:
-        most = f"one reply carries at most {MAX_BUFFERS}"
-        return _failed(job, "limit", f"{count} tensors were saved; {most}")
-    return _with_values(job.prepared, found[0], statistics, report)
+    try:
+        job.gathered.add(found[0], report.buffers, report.memory)
+    except ValueError as error:
+        return _failed(job, "limit", str(error))
+    if not job.generates:
+        return Progress(last=_done(job, job.prepared, job.statistics, []))
+    completions = job.prepared.completions
+    if len(found[0].tokens) != len(completions):
+        return _failed(job, "internal", "the shards returned no tokens for this request")
+    sequences, texts = [], []
+    for number, (completion, token) in enumerate(zip(completions, found[0].tokens, strict=True)):
+        if token is not None and completion.finish is None:
+            sequences.append(number)
+            texts.append(completion.add(token))
+    generated = None
+    if sequences:
+        if job.statistics.first_token_s is None:
+            job.statistics = replace(job.statistics, first_token_s=now - job.arrived_s)
+        generated = Generated(
+            id=job.id,
+            step=len(completions[sequences[0]].ids) - 1,
+            sequences=sequences,
+            tokens=[completions[number].ids[-1] for number in sequences],
+            texts=texts,
+        )
+    finished = tuple(completion.finish is not None for completion in completions)
+    if all(finished):
+        return Progress(generated=generated, last=_completed(job, job.prepared, job.statistics))
+    return Progress(
+        grown=Grown(job.id, tuple(found[0].tokens), finished),
+        generated=generated,
+    )
 
 
-def statistics_of(job: Job, start: StartPass, jobs: list[Job], forward_s: float) -> Statistics:
-    """Return what `job` cost and whom it shared with."""
-    return Statistics(
+def count_pass(
+    job: Job, start: StartPass, jobs: list[Job], forward_s: float, page_tokens: int
+) -> None:
+    """Add a pass to what `job` has cost; of a generation's, the first tells whom it shared with.
+
+    Args:
+        job: was in the pass.
+        start: the pass.
+        jobs: all that were in it.
+        forward_s: how long it took.
+        page_tokens: tokens of a page of the KV cache.
+    """
+    known = job.statistics
+    if known is not None:
+        job.statistics = replace(
+            known, forward_s=known.forward_s + forward_s, forwards=known.forwards + 1
+        )
+        return
+    job.statistics = Statistics(
         queue_s=job.started_s - job.arrived_s,
         forward_s=forward_s,
         forward=start.sequence,
         groups=len(jobs),
-        tokens=sum(other.prepared.ticket.tokens for other in jobs if other.prepared is not None),
-        numerics="solo" if start.layout == "dense" else "fast",
+        tokens=_tokens_of(start, jobs),
+        numerics="solo" if start.layout == "dense" or start.alone else "fast",
+        cached_tokens=page_tokens * sum(map(len, start.cached.get(job.id, []))),
     )
 
 
-def _failed(job: Job, kind: Literal["internal", "limit"], message: str) -> Outgoing:
-    return Outgoing(event=Failed(job.id, Fault(kind=kind, message=message)))
+def _tokens_of(start: StartPass, jobs: list[Job]) -> int:
+    fed = sum(feed.count for part in start.parts for feed in part.feeds)
+    traces = (job.prepared for job in jobs if not job.generates)
+    return fed + sum(prepared.ticket.tokens for prepared in traces if prepared is not None)
 
 
-def _with_values(
-    prepared: Prepared, result: GroupResult, statistics: Statistics, report: PassReport
+def _failed(job: Job, kind: Literal["internal", "limit"], message: str) -> Progress:
+    return Progress(last=Outgoing(event=Failed(job.id, Fault(kind=kind, message=message))))
+
+
+def _completed(job: Job, prepared: Prepared, statistics: Statistics) -> Outgoing:
+    each = iter(prepared.completions)
+    completions = [[next(each).completion() for _ in invoke] for invoke in prepared.prompts]
+    return _done(job, prepared, statistics, completions)
+
+
+def _done(
+    job: Job, prepared: Prepared, statistics: Statistics, completions: list[list[Completion]]
 ) -> Outgoing:
-    """Make the frame of one request out of its part of the pass's buffers."""
-    buffers: list[memoryview] = []
-    shared = False
-
-    def take(spec: TensorSpec) -> TensorSpec:
-        nonlocal shared
-        buffer = report.buffers[spec.buffer]
-        if buffer.nbytes <= COPY_BYTES:
-            buffer = memoryview(bytes(buffer))
-        else:
-            shared = True
-        buffers.append(buffer)
-        return replace(spec, buffer=len(buffers) - 1)
-
-    tensors = [replace(saved, tensor=take(saved.tensor)) for saved in result.tensors]
-    tuples = [replace(saved, items=[take(item) for item in saved.items]) for saved in result.tuples]
+    gathered = job.gathered
     event = Done(
-        id=result.request,
+        id=job.id,
         prompts=prepared.prompts,
-        tensors=tensors,
-        tuples=tuples,
+        tensors=gathered.tensors,
+        tuples=gathered.tuples,
         statistics=statistics,
+        completions=completions,
     )
-    return Outgoing(event=event, buffers=buffers, memory=report.memory if shared else None)
+    return Outgoing(event=event, buffers=gathered.buffers, memories=tuple(gathered.memories))

@@ -58,6 +58,7 @@ class Ledger:
         del self._jobs[job.id]
         job.stream.push(outgoing)
         self._store.put(job.owner, outgoing, time.monotonic())
+        job.gathered.let_go()
         self._expire()
         if not self._jobs:
             self._none_open.set()

@@ -21,6 +21,7 @@ from ndif_actor.coordinator.results import Memory
 from ndif_actor.errors import LaunchError, ReplicaLost
 from ndif_actor.messages import (
     LINK_LIMITS,
+    Forget,
     FromShard,
     GroupResult,
     Hello,
@@ -29,6 +30,8 @@ from ndif_actor.messages import (
     PassDone,
     RunPass,
     Stop,
+    SwapIn,
+    SwapOut,
 )
 
 _log = structlog.get_logger(__name__)
@@ -105,6 +108,7 @@ class Replica:
     async def run(
         self,
         choice: ModelChoice,
+        cache_bytes: int | None,
         on_ready: Callable[[list[Loaded]], Awaitable[None]],
         on_lost: Callable[[str], None],
     ) -> None:
@@ -112,6 +116,7 @@ class Replica:
 
         Args:
             choice: what the shards load.
+            cache_bytes: for the KV cache of each; None for a share of the memory that is free.
             on_ready: called when all of them have loaded it, with their reports.
             on_lost: called with the reason when an incarnation that was ready is lost.
 
@@ -124,10 +129,18 @@ class Replica:
         _log.info("shards may join", address=str(address), shards=self._world_size)
         try:
             while True:
-                reason = await self._live(address, choice, on_ready, on_lost)
+                reason = await self._live(address, choice, cache_bytes, on_ready, on_lost)
                 await self._source.before_restart(reason, worked=self._worked)
         finally:
             server.close()
+
+    async def tell(self, message: Forget | SwapOut | SwapIn) -> None:
+        """Tell every shard something about a generation; it has no answer.
+
+        Where the replica is lost there is nobody left who would have to know.
+        """
+        if self._incarnation is not None and not self._incarnation.lost.done():
+            await self._incarnation.tell_all(message, [])
 
     async def run_pass(self, message: RunPass, buffers: list[memoryview]) -> PassReport:
         """Run one pass on every shard.
@@ -157,12 +170,15 @@ class Replica:
         self,
         address: Address,
         choice: ModelChoice,
+        cache_bytes: int | None,
         on_ready: Callable[[list[Loaded]], Awaitable[None]],
         on_lost: Callable[[str], None],
     ) -> str:
         """Bring up an incarnation and wait for its end; return why it ended."""
         incarnation = self._incarnation = Incarnation(self._world_size)
-        bringing_up = asyncio.create_task(self._bring_up(incarnation, choice, on_ready))
+        bringing_up = asyncio.create_task(
+            self._bring_up(incarnation, choice, cache_bytes, on_ready)
+        )
         try:
             await self._source.start(address, incarnation.lose)
             await asyncio.wait((bringing_up, incarnation.lost), return_when=asyncio.FIRST_COMPLETED)
@@ -190,6 +206,7 @@ class Replica:
         self,
         incarnation: Incarnation,
         choice: ModelChoice,
+        cache_bytes: int | None,
         on_ready: Callable[[list[Loaded]], Awaitable[None]],
     ) -> None:
         if not await _in_time(incarnation.all_joined, self._times.join_s):
@@ -199,6 +216,7 @@ class Replica:
         load = Load(
             folder=choice.folder,
             dtype=choice.dtype,
+            cache_bytes=cache_bytes,
             device=choice.device,
             master_addr=master_addr,
             master_port=master_port,

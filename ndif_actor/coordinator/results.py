@@ -47,20 +47,20 @@ class Memory:
 class Outgoing(msgspec.Struct, frozen=True, kw_only=True):
     """An event on its way to a client, with the buffers of its frame.
 
-    Whoever passes one on to be written or kept holds `memory` first.
+    Whoever passes one on to be written or kept holds its `memories` first.
     """
 
     event: Event
     buffers: list[memoryview] = []
-    memory: Memory | None = None
+    memories: tuple[Memory, ...] = ()
 
     def hold(self) -> None:
-        if self.memory is not None:
-            self.memory.hold()
+        for memory in self.memories:
+            memory.hold()
 
     def drop(self) -> None:
-        if self.memory is not None:
-            self.memory.drop()
+        for memory in self.memories:
+            memory.drop()
 
 
 class StoreStatistics(msgspec.Struct, frozen=True, kw_only=True):
@@ -171,6 +171,7 @@ def _weight(outgoing: Outgoing) -> int:
     """Return the bytes that keeping an event takes, roughly."""
     nbytes = RECORD_BYTES + sum(buffer.nbytes for buffer in outgoing.buffers)
     if isinstance(outgoing.event, Done):
-        prompts = (prompt for invoke in outgoing.event.prompts for prompt in invoke)
-        nbytes += TOKEN_BYTES * sum(len(prompt.ids) for prompt in prompts)
+        num_ids = sum(len(text.ids) for invoke in outgoing.event.prompts for text in invoke)
+        num_ids += sum(len(text.ids) for invoke in outgoing.event.completions for text in invoke)
+        nbytes += TOKEN_BYTES * num_ids
     return nbytes

@@ -4,17 +4,20 @@ A request is in one of three states here, and then forgotten:
 
     Arrived -> admitting -> Admitted -> queued -> StartPass -> running -> PassFinished
 
-The scheduler never touches a tensor, a clock, a socket or a task. Users take turns, one request a
-turn, first in first out inside a user; whatever waits when a forward can start shares it, up to
-the budget. A user whose next request does not fit keeps his place at the front, so nobody waits
-for more forwards than there are users before him. An idle replica lingers for a moment when
-others have arrived and are still being admitted; a user alone is never made to wait.
+The scheduler never touches a tensor, a clock, a socket or a task. Generations that have started go
+on in every forward; users take turns to join it, one request a turn, first in first out inside a
+user, up to the budget. A user whose next request does not fit keeps his place at the front, so
+nobody waits for more forwards than there are users before him: where generations leave no room
+for the first of them, the next forward is his before it is theirs, and where pages are short for
+a generation, none starts before it. Requests that want a forward to themselves take turns with the
+shared forwards. An idle replica lingers for a moment when others have arrived and are still being
+admitted; a user alone is never made to wait.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterable
 
 import msgspec
 
@@ -22,7 +25,6 @@ from ndif_actor.coordinator.events import (
     Abandon,
     Accept,
     Admitted,
-    Announce,
     Arrived,
     Budget,
     Cancelled,
@@ -36,9 +38,12 @@ from ndif_actor.coordinator.events import (
     Reject,
     ReplicaLost,
     ReplicaReady,
-    StartPass,
     Ticket,
 )
+from ndif_actor.coordinator.generations import Generations, first_tokens
+from ndif_actor.coordinator.plan import PassPlan
+from ndif_actor.coordinator.turns import Turns
+from ndif_actor.messages import Forget, Layout
 
 
 class SchedulerStatistics(msgspec.Struct, frozen=True, kw_only=True):
@@ -47,7 +52,9 @@ class SchedulerStatistics(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         admitting: requests being checked and priced.
         queued: requests that wait for a forward.
-        running: requests in the forward that runs now.
+        running: requests in the forward that runs now, and generations between two of theirs.
+        generations: those of them that are generations.
+        free_pages: pages of the KV cache that nobody needs.
         users: users with a request in the queue.
         passes: forwards started since the start.
         held_bytes: bytes that clients sent for all of these requests.
@@ -56,6 +63,8 @@ class SchedulerStatistics(msgspec.Struct, frozen=True, kw_only=True):
     admitting: int
     queued: int
     running: int
+    generations: int
+    free_pages: int
     users: int
     passes: int
     held_bytes: int
@@ -69,17 +78,19 @@ class _Arrival(msgspec.Struct, frozen=True):
 class Scheduler:
     """Decide what to run next; see the module's docstring for the rules."""
 
-    def __init__(self, budget: Budget, limits: QueueLimits) -> None:
+    def __init__(self, budget: Budget, limits: QueueLimits, max_swapped_tokens: int = 0) -> None:
         self._budget = budget
         self._limits = limits
         self._known: dict[str, _Arrival] = {}
         self._per_user: dict[str, int] = {}
         self._held_bytes = 0
-        #: users with something queued, in the order of their next turns
-        self._turns: OrderedDict[str, deque[Ticket]] = OrderedDict()
-        self._queued: dict[str, Ticket] = {}
-        self._positions: dict[str, int] = {}
+        self._turns = Turns()
         self._running: set[str] = set()
+        self._generations = Generations(max_swapped_tokens)
+        #: the request whose turn it was when generations left no room for it
+        self._owed: str | None = None
+        #: the last forwards of each kind, and the last one in which a request of its own began
+        self._last_shared = self._last_alone = self._last_alone_begun = 0
         self._sequence = 0
         self._in_pass = False
         self._lingers = False
@@ -102,9 +113,11 @@ class Scheduler:
             case PassFinished(sequence=sequence):
                 if not self._in_pass or sequence != self._sequence:
                     return []
-                self._finish_pass()
-            case ReplicaReady(packed=packed):
+                self._finish_pass(event)
+            case ReplicaReady(packed=packed, num_pages=num_pages, page_tokens=page_tokens):
                 self._ready, self._packed = True, packed
+                self._generations.open(num_pages, page_tokens)
+                return [*self._abandon_impossible(self._turns.tickets), *self._start()]
             case ReplicaLost():
                 return self._lose_replica()
         return self._start()
@@ -112,10 +125,12 @@ class Scheduler:
     def statistics(self) -> SchedulerStatistics:
         """Return a snapshot of the counts."""
         return SchedulerStatistics(
-            admitting=len(self._known) - len(self._queued) - len(self._running),
-            queued=len(self._queued),
+            admitting=len(self._known) - len(self._turns) - len(self._running),
+            queued=len(self._turns),
             running=len(self._running),
-            users=len(self._turns),
+            generations=len(self._generations.present),
+            free_pages=self._generations.free_pages,
+            users=len(self._turns.users),
             passes=self._sequence,
             held_bytes=self._held_bytes,
         )
@@ -151,29 +166,31 @@ class Scheduler:
         for ticket in tickets:
             if ticket.request not in self._known:  # cancelled while it was being checked
                 continue
-            user = self._known[ticket.request].user
-            self._turns.setdefault(user, deque()).append(ticket)
-            self._queued[ticket.request] = ticket
-            self._positions[ticket.request] = position = self._last_position(user)
-            announced.append(Announce(ticket.request, position))
+            announced.append(self._turns.add(self._known[ticket.request].user, ticket))
+        if self._ready:
+            announced += self._abandon_impossible([t for t in tickets if t.request in self._known])
         return announced
 
     def _cancel(self, request: str) -> list[Command]:
         if request not in self._known:
             return []
-        ticket = self._queued.pop(request, None)
-        if ticket is not None:
-            user = self._known[request].user
-            self._turns[user].remove(ticket)
-            if not self._turns[user]:
-                del self._turns[user]
+        self._turns.remove(self._known[request].user, request)
+        self._generations.leave(request)
         self._forget(request)
         return [Drop(request)]
+
+    def _abandon_impossible(self, tickets: Iterable[Ticket]) -> list[Command]:
+        """Give up generations that the replica has no pages for: it had more when they came."""
+        fits = self._generations.can_ever_run
+        impossible = tuple(ticket.request for ticket in tickets if not fits(ticket))
+        for request in impossible:
+            self._turns.remove(self._known[request].user, request)
+            self._forget(request)
+        return [Abandon(impossible)] if impossible else []
 
     def _forget(self, request: str) -> None:
         arrival = self._known.pop(request, None)
         self._running.discard(request)
-        self._positions.pop(request, None)
         if arrival is None:
             return
         self._held_bytes -= arrival.nbytes
@@ -183,21 +200,25 @@ class Scheduler:
 
     # ------------------------------------------------------------ forwards
 
-    def _finish_pass(self) -> None:
+    def _finish_pass(self, event: PassFinished) -> None:
         self._in_pass = False
+        over = set(self._generations.finish(event))
         for request in list(self._running):
-            self._forget(request)
+            if request in over or request not in self._generations:
+                self._forget(request)
 
     def _lose_replica(self) -> list[Command]:
-        self._ready = self._lingers = False
+        self._ready = self._lingers = self._in_pass = False
+        self._generations.close()
         running = tuple(sorted(self._running))
-        self._finish_pass()
+        for request in running:
+            self._forget(request)
         return [Abandon(running)] if running else []
 
     def _start_or_linger(self) -> list[Command]:
-        if self._in_pass or not self._ready or not self._turns:
+        if self._in_pass or not self._ready:
             return []
-        if not self.statistics().admitting:
+        if not self._turns or self._generations.present or not self.statistics().admitting:
             return self._start()
         if self._lingers:
             return []
@@ -205,72 +226,124 @@ class Scheduler:
         return [Linger(self._sequence + 1)]
 
     def _start(self) -> list[Command]:
-        if not self._ready or self._in_pass or not self._turns:
+        if not self._ready or self._in_pass:
             return []
-        chosen = list(self._choose())
-        for ticket in chosen:
-            del self._queued[ticket.request]
-            self._positions.pop(ticket.request, None)
-            self._running.add(ticket.request)
+        over = self._generations.collect()
+        forget = [Forget(over)] if over else []
+        plan, alone = self._plan(self._sequence + 1)
+        if plan.empty:
+            assert not plan.before, "pages move only for the sake of somebody who goes on"
+            return [*forget]
+        plan.before[:0] = forget
+        self._running.update(plan.requests)
         self._sequence += 1
         self._in_pass = True
         self._lingers = False
-        start = StartPass(
-            sequence=self._sequence,
-            requests=tuple(ticket.request for ticket in chosen),
-            layout="packed" if self._packed else "dense",
-        )
-        return [start, *self._announce()]
+        layout: Layout = "packed" if self._packed else "dense"
+        return [plan.finish(self._sequence, layout, alone=alone), *self._turns.announce()]
 
-    def _choose(self) -> Iterator[Ticket]:
+    def _plan(self, sequence: int) -> tuple[PassPlan, bool]:
+        """Return who is in the next forward, and whether it is one request that asked for that."""
+        plan = PassPlan(self._budget)
+        if not self._packed:
+            self._begin_first(plan)
+            return plan, False
+        for alone in sorted((False, True), key=(self._last_shared, self._last_alone).__getitem__):
+            if alone:
+                self._fill_alone(plan, sequence)
+            else:
+                self._fill_shared(plan, sequence)
+            if plan.empty:
+                continue
+            if alone:
+                self._last_alone = sequence
+            else:
+                self._last_shared = sequence
+            return plan, alone
+        return plan, False
+
+    def _fill_shared(self, plan: PassPlan, sequence: int) -> None:
+        owed = self._turns.find(self._owed)
+        self._owed = None
+        if owed is not None:
+            plan.set_aside(owed, min(owed.tokens, self._share_of_a_prompt(owed)))
+        self._generations.go_on(plan, self._generations.shared(), sequence)
+        self._generations.bring_back(plan, sequence, shared=True)
+        plan.free_aside()
+        self._join_by_turns(plan, sequence, owed)
+        if plan.empty:
+            self._generations.go_on(plan, self._generations.shared(), sequence)
+
+    def _share_of_a_prompt(self, ticket: Ticket) -> int:
+        """Return how many rows are set aside at most for one whose turn has come."""
+        return max(1, self._budget.tokens // 2) if first_tokens(ticket) == 1 else ticket.tokens
+
+    def _join_by_turns(self, plan: PassPlan, sequence: int, owed: Ticket | None) -> None:
         """Take requests out of the queue in turns until no user's next one fits."""
-        left = self._budget
-        turns = deque(self._turns)
-        first = True
+        turns = deque(self._turns.users)
+        if owed is not None:
+            user = self._known[owed.request].user
+            turns.remove(user)
+            turns.appendleft(user)
+        pages_are_owed = served = False
         while turns:
             user = turns.popleft()
-            queue = self._turns[user]
-            if not first and not left.fits(queue[0]):
+            ticket = self._turns.first(user)
+            if ticket.alone:
+                pages_are_owed |= not self._has_pages(plan, ticket)
                 continue
-            ticket = queue.popleft()
-            if queue:
-                self._turns.move_to_end(user)
+            if not plan.has_room(ticket, first_tokens(ticket)):
+                if not served and self._owed is None:
+                    self._owed = ticket.request
+                continue
+            if ticket.continuation is None:
+                plan.add_trace(ticket)
+            elif pages_are_owed or not self._generations.join(plan, ticket, sequence):
+                pages_are_owed = True
+                continue
+            served = True
+            if self._turns.take(user):
                 turns.append(user)
-            else:
-                del self._turns[user]
-            yield ticket
-            first = False
-            left = left.minus(ticket)
-            if not self._packed:
+
+    def _fill_alone(self, plan: PassPlan, sequence: int) -> None:
+        self._let_one_go_on(plan, sequence)
+        self._generations.bring_back(plan, sequence, shared=False)
+        if plan.empty:
+            self._let_one_go_on(plan, sequence)
+
+    def _let_one_go_on(self, plan: PassPlan, sequence: int) -> None:
+        """Begin the next request that wants a forward to itself, or go on with one, in turns."""
+        running = self._generations.next_alone()
+        begin_first = running is None or self._last_alone_begun < running.last_fed
+        for begin in (begin_first, not begin_first):
+            if begin and self._begin_alone(plan, sequence):
+                self._last_alone_begun = sequence
+            elif not begin and running is not None:
+                self._generations.go_on(plan, [running], sequence)
+            if not plan.empty:
                 return
 
-    def _last_position(self, user: str) -> int:
-        """Return how many requests start before the last one of `user`, if all were equal."""
-        rounds = len(self._turns[user]) - 1
-        position, before = rounds, 1
-        for other, queue in self._turns.items():
-            if other == user:
-                before = 0
-            else:
-                position += min(len(queue), rounds + before)
-        return position
+    def _begin_alone(self, plan: PassPlan, sequence: int) -> bool:
+        pages_are_owed = False
+        for user in self._turns.users:
+            ticket = self._turns.first(user)
+            if not ticket.alone:
+                pages_are_owed |= not self._has_pages(plan, ticket)
+                continue
+            if ticket.continuation is None:
+                plan.add_trace(ticket)
+            elif pages_are_owed or not self._generations.join(plan, ticket, sequence):
+                pages_are_owed = True
+                continue
+            self._turns.take(user)
+            return True
+        return False
 
-    def _announce(self) -> list[Command]:
-        """Tell the requests whose position in the fair order has changed."""
-        changed: list[Command] = []
-        for position, request in enumerate(self._fair_order()):
-            if self._positions.get(request) != position:
-                self._positions[request] = position
-                changed.append(Announce(request, position))
-        return changed
+    def _begin_first(self, plan: PassPlan) -> None:
+        if self._turns:
+            user = self._turns.users[0]
+            plan.add_trace(self._turns.first(user))
+            self._turns.take(user)
 
-    def _fair_order(self) -> Iterator[str]:
-        queues = [iter(queue) for queue in self._turns.values()]
-        while queues:
-            waiting = []
-            for queue in queues:
-                ticket = next(queue, None)
-                if ticket is not None:
-                    yield ticket.request
-                    waiting.append(queue)
-            queues = waiting
+    def _has_pages(self, plan: PassPlan, ticket: Ticket) -> bool:
+        return ticket.continuation is None or self._generations.could_join(plan, ticket)

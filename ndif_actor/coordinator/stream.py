@@ -12,8 +12,8 @@ from ndif_client.wire.messages import Done, Failed, Queued
 class EventStream:
     """A queue of events with one reader, which ends when every request has ended.
 
-    Events never pile up: a newer position of a request replaces the one that has not been taken
-    yet, and everything else happens once per request. Without a reader everything is let go.
+    A newer position of a request replaces the one that has not been taken yet; everything else
+    happens once per request, or once per token. Without a reader everything is let go.
     """
 
     def __init__(self, requests: Iterable[str]) -> None:

@@ -282,8 +282,8 @@ def compile_graph(graph: Graph, table: HookTable, num_invokes: int, num_steps: i
     for number in range(len(graph.nodes)):
         steps = graph.steps_of(number)
         if steps.start >= num_steps:
-            made = "a trace has step 0 only" if num_steps == 1 else f"there are {num_steps}"
-            raise graph_fault(graph, number, f"{steps} will never be made: {made}")
+            made = f"steps 0 to {num_steps - 1} are" if num_steps > 1 else "only step 0 is"
+            raise graph_fault(graph, number, f"{steps} will never be made, {made}")
     return program
 
 

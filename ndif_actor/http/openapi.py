@@ -60,7 +60,7 @@ def _operation(route: Route, schema_of: dict[int, Document]) -> Document:
             {"name": "id", "in": "path", "required": True, "schema": {"type": "string"}}
         ]
     if route.body is not None:
-        content = _content(schema_of[id(route.body)], framed=route.framed)
+        content = _content(schema_of[id(route.body)], framed=route.framed != "nothing")
         operation["requestBody"] = {"required": True, "content": content}
     return operation
 
@@ -69,8 +69,9 @@ def _responses(route: Route, schema_of: dict[int, Document]) -> Document:
     if route.reply is None:
         responses: Document = {"204": {"description": "Done; nothing to say."}}
     else:
-        content = _content(schema_of[id(route.reply)], framed=route.framed)
-        description = _FRAMES if route.framed else "OK"
+        framed = route.framed == "both"
+        content = _content(schema_of[id(route.reply)], framed=framed)
+        description = _FRAMES if framed else "OK"
         responses = {"200": {"description": description, "content": content}}
     fault = _content(schema_of[id(FaultReply)], framed=False)
     for status, reason in route.statuses.items():

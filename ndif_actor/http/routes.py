@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 from aiohttp import web
@@ -13,6 +13,7 @@ from ndif_client.wire.messages import (
     DetokenizeRequest,
     Done,
     Event,
+    Explanations,
     Failed,
     ModelList,
     ModelTree,
@@ -20,6 +21,9 @@ from ndif_client.wire.messages import (
     TokenizeReply,
     TokenizeRequest,
 )
+
+#: Of an endpoint's body and reply.
+Framed = Literal["nothing", "body", "both"]
 
 
 class Route(msgspec.Struct, frozen=True, kw_only=True):
@@ -30,7 +34,7 @@ class Route(msgspec.Struct, frozen=True, kw_only=True):
         handler: its docstring is the summary in the document.
         body: what is sent, if anything.
         reply: what comes back with status 200, or None for 204.
-        framed: body and reply are frames with these headers (msgpack), not JSON.
+        framed: which of body and reply are frames with these headers (msgpack), not JSON.
         statuses: other statuses it answers with, and when.
         public: needs no API key.
     """
@@ -40,7 +44,7 @@ class Route(msgspec.Struct, frozen=True, kw_only=True):
     handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
     body: Any = None
     reply: Any = None
-    framed: bool = False
+    framed: Framed = "nothing"
     statuses: dict[int, str] = {}
     public: bool = False
 
@@ -55,7 +59,7 @@ ROUTES = (
         handler=traces.post_traces,
         body=Submission,
         reply=Event,
-        framed=True,
+        framed="both",
         statuses={**_BODY, 409: "an id is in use", 411: "no Content-Length", **_BUSY},
     ),
     Route(
@@ -63,7 +67,7 @@ ROUTES = (
         path="/v1/traces/{id}",
         handler=traces.get_trace,
         reply=Done | Failed,
-        framed=True,
+        framed="both",
         statuses={202: "unfinished; the frame tells its last progress", 404: "unknown id"},
     ),
     Route(
@@ -71,6 +75,15 @@ ROUTES = (
         path="/v1/traces/{id}",
         handler=traces.delete_trace,
         statuses={404: "unknown id"},
+    ),
+    Route(
+        method="POST",
+        path="/v1/explain",
+        handler=traces.post_explain,
+        body=Submission,
+        reply=Explanations,
+        framed="body",
+        statuses={**_BODY, 411: "no Content-Length", **_BUSY},
     ),
     Route(method="GET", path="/v1/models", handler=models.list_models, reply=ModelList),
     Route(

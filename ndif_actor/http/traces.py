@@ -1,6 +1,9 @@
-"""POST /v1/traces and what follows it: fetch a result again, cancel."""
+"""POST /v1/traces and what follows it: fetch a result again, cancel; and POST /v1/explain."""
 
 from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator
 
 import msgspec
 from aiohttp import web
@@ -11,6 +14,7 @@ from ndif_actor.http.body import check_length, receive_frame
 from ndif_actor.http.faults import HttpFault
 from ndif_actor.http.frames import FrameWriter, start_frames
 from ndif_actor.http.keys import AUTHENTICATOR, CONFIG, COORDINATOR, UPLOADS
+from ndif_client.wire.frames import Frame
 from ndif_client.wire.messages import Done, Failed
 
 
@@ -18,20 +22,35 @@ async def post_traces(request: web.Request) -> web.StreamResponse:
     """Admit a submission and stream the events of its requests until each has ended."""
     caller = request.app[AUTHENTICATOR].caller(request)
     coordinator = request.app[COORDINATOR]
-    coordinator.check_serving()
     try:
-        check_length(request, max_bytes := request.app[CONFIG].max_request_bytes)
-        with request.app[UPLOADS].room_for(request):
-            frame = await receive_frame(request, max_bytes)
+        async with _submission(request) as frame:
             stream = await coordinator.submit(frame, owner=caller.owner, user=caller.user)
     except KnownRequestError as error:
         raise HttpFault("protocol", str(error), status=409) from None
-    except msgspec.DecodeError as error:  # ValidationError is one
-        raise HttpFault("protocol", f"the frame holds no submission: {error}") from None
     try:
         return await _write_events(request, stream)
     finally:
         stream.close()
+
+
+async def post_explain(request: web.Request) -> web.Response:
+    """Say what each request of a submission would cost, and run nothing."""
+    caller = request.app[AUTHENTICATOR].caller(request)
+    async with _submission(request) as frame:
+        explanations = await request.app[COORDINATOR].explain(frame, user=caller.user)
+    return web.Response(body=msgspec.json.encode(explanations), content_type="application/json")
+
+
+@contextlib.asynccontextmanager
+async def _submission(request: web.Request) -> AsyncIterator[Frame]:
+    """Receive the frame of a submission; its room is reserved while it is decoded."""
+    request.app[COORDINATOR].check_serving()
+    check_length(request, max_bytes := request.app[CONFIG].max_request_bytes)
+    try:
+        with request.app[UPLOADS].room_for(request):
+            yield await receive_frame(request, max_bytes)
+    except msgspec.DecodeError as error:  # ValidationError is one
+        raise HttpFault("protocol", f"the frame holds no submission: {error}") from None
 
 
 async def _write_events(request: web.Request, stream: EventStream) -> web.StreamResponse:

@@ -6,12 +6,16 @@ import asyncio
 from typing import Any, assert_type
 
 from ndif_client import (
+    Completion,
     Envoy,
+    Explanation,
+    Generation,
     NdifError,
     Progress,
     Proxy,
     Result,
     Session,
+    Token,
     Trace,
     blocking,
     connect,
@@ -54,9 +58,42 @@ async def asynchronous() -> None:
         assert_type(result.statistics, Statistics)
         assert_type(result.prompts[0][0], PromptTokens)
 
+        await generation(session)
+
     kept = await connect("local:demo", serve_options=("--tp", "2"))
     assert_type(kept, Session)
     await kept.close()
+
+
+async def generation(session: Session) -> None:
+    async with session.generate(
+        "Once upon", max_new_tokens=20, temperature=0.8, top_p=0.9, seed=1, stop=["\n"]
+    ) as gen:
+        assert_type(gen, Generation)
+        with gen.all():
+            gen.each = session.model.lm_head.output
+        with gen.steps[1:], gen.invoke(messages=[{"role": "user", "content": "Hi"}]):
+            pass
+        with gen.steps[3], gen.prefill():
+            pass
+    assert_type(gen.seed, int)
+    assert_type(gen.result.text, str)
+    assert_type(gen.result.completion, Completion)
+    assert_type(gen.result.completions, list[list[Completion]])
+    assert_type(gen.result.new_ids, list[int])
+    assert_type(gen.result.new_tokens, list[str])
+    assert_type(gen.result.steps("each"), list[int])
+    assert_type(gen.result.items(), list[tuple[str, Any]])
+
+    streamed = session.generate(messages=[{"role": "user", "content": "Hi"}], eos=False)
+    async for token in streamed:
+        assert_type(token, Token)
+        assert_type(token.text, str)
+    assert_type(await streamed, Result)
+    await streamed.cancel()
+    several = session.trace(messages=[[{"role": "user", "content": "Hi"}]], numerics="solo")
+    assert_type(await session.explain(several), Explanation)
+    assert_type(await streamed.explain(), Explanation)
 
 
 def operators(value: Proxy) -> None:
@@ -73,6 +110,7 @@ def operators(value: Proxy) -> None:
 
 def report(step: Progress) -> None:
     assert_type(step.position, int | None)
+    assert_type(step.tokens, int | None)
 
 
 def waiting() -> None:
@@ -85,6 +123,15 @@ def waiting() -> None:
         assert_type(session.trace("prompt", lambda m: m.lm_head.output), Result)
         with session.together():
             pass
+        with session.generate("prompt", max_new_tokens=5, bad_words=["x", [1]]) as gen:
+            assert_type(gen, blocking.BlockingGeneration)
+            with gen.all():
+                gen.each = session.model.lm_head.output
+        for token in session.generate("prompt", seed=None, on_progress=report):
+            assert_type(token, Token)
+        assert_type(gen.result, Result)
+        assert_type(gen.explain(), Explanation)
+        assert_type(session.generate("prompt", lambda m: m.lm_head.output, top_k=5), Result)
 
 
 def faults(error: NdifError) -> float | None:

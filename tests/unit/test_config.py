@@ -62,3 +62,16 @@ def test_a_broken_file_is_named(tmp_path: Path) -> None:
         read_settings({"model": "demo"}, {}, file)
     with pytest.raises(ConfigError, match="No such file"):
         read_settings({"model": "demo"}, {}, tmp_path / "absent.toml")
+
+
+def test_users_share_no_prefixes_unless_the_operator_says_so() -> None:
+    assert not read_settings({"model": "demo"}, {}).config.share_prefixes
+
+    shared = read_settings({"model": "demo"}, {"NDIF_ACTOR_SHARE_PREFIXES": "true"})
+
+    assert shared.config.share_prefixes
+
+
+def test_a_cache_of_no_bytes_is_refused() -> None:
+    with pytest.raises(ConfigError, match="cache_bytes = 0"):
+        read_settings({"model": "demo", "cache_bytes": 0}, {})

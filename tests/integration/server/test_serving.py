@@ -22,7 +22,7 @@ from ndif_client.wire.graph import (
     Save,
     Source,
 )
-from ndif_client.wire.messages import Failed, Queued, Running, Submission
+from ndif_client.wire.messages import PROTOCOL, Failed, Queued, Running, Submission
 from ndif_client.wire.tensors import TensorSpec
 from tests.conftest import MakeModel
 from tests.integration.server.harness import (
@@ -349,7 +349,7 @@ async def test_probes_and_documents_answer(client: Wire) -> None:
     status, ready = await client.get_json("/ready")
     assert (status, ready["ready"]) == (200, True)
     status, version = await client.get_json("/version")
-    assert (status, version["protocol"]) == (200, 1)
+    assert (status, version["protocol"]) == (200, PROTOCOL)
 
     status, document = await client.get_json("/openapi.json")
     assert status == 200

@@ -13,7 +13,7 @@ import pytest
 from ndif_client import blocking, errors
 from ndif_client.blocking import BlockingSession
 from ndif_client.wire.messages import Fault
-from tests.unit.client.wire_server import SAVE_ONE, VALUE, WireServer
+from tests.unit.client.wire_server import IDS, SAVE_ONE, VALUE, WireServer
 
 
 @pytest.fixture
@@ -67,6 +67,62 @@ def test_traces_inside_of_together_go_out_in_one_post(
 
     assert np.array_equal(first.value, second.value)
     assert [len(submission.requests) for submission, _ in server.submissions] == [2]
+
+
+def test_a_generation_is_streamed_and_has_its_result(live: BlockingSession) -> None:
+    gen = live.generate("x", max_new_tokens=3)
+    tokens = list(gen)
+
+    assert [token.id for token in tokens] == gen.result.new_ids == IDS[:3]
+    assert live.generate("x", seed=4).seed == 4
+    assert live.generate(messages=[{"role": "user", "content": "x"}]).result.new_ids == IDS
+    assert np.array_equal(live.generate("x", SAVE_ONE).h, VALUE)
+
+
+def test_a_generation_with_a_block_runs_at_its_end(live: BlockingSession) -> None:
+    with live.generate("x", max_new_tokens=3) as gen:
+        with gen.all():
+            each = live.model.model.norm.output.save()
+        with gen.steps[1]:
+            gen.second = live.model.model.norm.output
+        with gen.prefill():
+            live.model.model.norm.output = 0
+        with pytest.raises(errors.NoValueError):
+            _ = gen.result
+        with pytest.raises(errors.ClosedTraceError, match="inside of its own block") as refused:
+            next(iter(gen))
+
+    assert "threading.py" not in str(refused.value)
+    assert len(each.value) == len(list(gen)) == 3
+    assert np.array_equal(gen.second.value, VALUE + 1)
+
+
+def test_generations_run_together_with_traces(server: WireServer, live: BlockingSession) -> None:
+    with live.together():
+        with live.generate("x") as gen:
+            live.model.model.norm.output.save()
+        _record(live, "y")
+        with pytest.raises(errors.NoValueError):
+            _ = gen.result
+        with pytest.raises(errors.GraphError, match=r"session\.generate\(\.\.\.\) as gen"):
+            live.generate("c", SAVE_ONE)
+
+    assert gen.result.new_ids == IDS
+    assert [len(submission.requests) for submission, _ in server.submissions] == [2]
+
+
+def test_a_trace_is_explained_inside_of_its_block_and_can_be_cancelled(
+    live: BlockingSession,
+) -> None:
+    with live.trace("x") as trace:
+        live.model.model.norm.output.save()
+        assert live.explain(trace).tokens == trace.explain().tokens == 12
+    trace.cancel()
+    gen = live.generate("x")
+    gen.cancel()
+
+    with pytest.raises(errors.NoValueError, match="cancelled"):
+        _ = gen.result
 
 
 def test_failures_of_together_are_all_raised(server: WireServer, live: BlockingSession) -> None:

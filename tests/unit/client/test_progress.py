@@ -26,3 +26,14 @@ def test_a_finished_trace_leaves_its_line(capsys: pytest.CaptureFixture[str]) ->
     assert "trace abcdefgh  done" in shown.err
     assert "trace zzzzzzzz  failed" in shown.err
     assert display._bars is None
+
+
+@pytest.mark.parametrize(("tokens", "words"), [(1, "1 token"), (12, "12 tokens")])
+def test_a_generation_shows_how_many_tokens_it_has(tokens: int, words: str) -> None:
+    display = ProgressDisplay()
+    display.show(Progress("abcdefgh1234", "generating", tokens=tokens))
+    assert display._bars is not None
+    (task,) = display._bars.tasks
+    display.close()
+
+    assert task.description == f"trace abcdefgh  generating, {words}"

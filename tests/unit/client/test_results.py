@@ -10,7 +10,16 @@ import torch
 
 from ndif_client.errors import NoValueError, ProtocolError, UnknownNameError
 from ndif_client.results import RESERVED_NAMES, Layout, Result
-from ndif_client.wire.messages import Done, PromptTokens, SavedTensor, SavedTuple, Statistics
+from ndif_client.steps import Block
+from ndif_client.wire.graph import Steps
+from ndif_client.wire.messages import (
+    Completion,
+    Done,
+    PromptTokens,
+    SavedTensor,
+    SavedTuple,
+    Statistics,
+)
 from ndif_client.wire.tensors import ArrayKind, TensorSpec
 
 STATISTICS = Statistics(queue_s=0.1, forward_s=0.2, forward=12, groups=3, tokens=40)
@@ -133,6 +142,36 @@ def test_the_tokens_of_a_sole_prompt_are_at_hand() -> None:
 def test_a_server_that_leaves_something_out_is_caught() -> None:
     with pytest.raises(ProtocolError, match="did not send 'mine' \\(node 4\\)"):
         _result({"mine": 4})
+
+
+def test_only_steps_that_the_generation_has_reached_must_be_there() -> None:
+    def result(block: Block, count: int) -> Result:
+        spec = TensorSpec("float32", (1,), 0)
+        done = Done(
+            id="x" * 32,
+            prompts=[],
+            tensors=[SavedTensor(2, None, spec, 0)],
+            statistics=STATISTICS,
+            completions=[[Completion([1] * count, ["a"] * count, "a" * count, "eos")]],
+        )
+        return Result(done, [_buffer(np.ones(1, np.float32))], {"h": 2}, "numpy", {2: block})
+
+    assert len(result(Block(Steps(), as_list=True), 1).h) == 1
+    with pytest.raises(ProtocolError, match=r"did not send 'h' \(node 2, step 1\)"):
+        result(Block(Steps(), as_list=True), 2)
+
+
+def test_a_result_is_read_like_a_mapping() -> None:
+    result = _result({"hidden": 3, "again": 3})
+
+    assert result.values() == [result.hidden, result.hidden]
+    assert dict(result.items()).keys() == {"hidden", "again"}
+    assert result.get("hidden") is result.hidden
+    assert result.get("nothing") is None
+    assert result.get("nothing", 1) == 1
+    assert result.steps("hidden") == [0]
+    with pytest.raises(KeyError, match="'nothing' was not saved"):
+        result.steps("nothing")
 
 
 def test_every_public_attribute_of_a_result_is_a_reserved_name() -> None:

@@ -90,7 +90,9 @@ def test_a_traces_own_attributes_are_not_names(session: Session, model: Any, nam
         setattr(trace, name, model.model.layers[0].output)
 
 
-@pytest.mark.parametrize("name", ["statistics", "prompts", "tokens", "", "x" * 300])
+@pytest.mark.parametrize(
+    "name", ["statistics", "prompts", "tokens", "text", "completions", "steps", "", "x" * 300]
+)
 def test_some_names_are_not_free(session: Session, model: Any, name: str) -> None:
     with scratch(session), pytest.raises(GraphError):
         model.model.layers[0].output.save(name)

@@ -15,16 +15,21 @@ from aiohttp.test_utils import TestServer
 from ndif_client.wire.frames import FrameLimits, encode_frame, split_frame
 from ndif_client.wire.graph import Save
 from ndif_client.wire.messages import (
+    Completion,
     DetokenizeRequest,
     Done,
     Event,
+    Explanation,
+    Explanations,
     Failed,
     Fault,
     FaultReply,
+    Generated,
     ModelList,
     ModelSummary,
     PromptTokens,
     Queued,
+    RowsAtDepth,
     Running,
     SavedTensor,
     Statistics,
@@ -35,6 +40,11 @@ from ndif_client.wire.messages import (
 )
 from ndif_client.wire.tensors import TensorSpec
 from tests.unit.client.trees import make_tree
+
+#: What every generation makes: ids, their texts, and what a stream's text grows by.
+IDS = [10, 11, 12, 13]
+TOKENS = ["to", "ken", " \N{REPLACEMENT CHARACTER}", "s"]
+TEXTS = ["to", "ken", "", " s"]
 
 #: What every saved value is.
 VALUE = np.arange(6, dtype=np.float32).reshape(2, 3)
@@ -53,6 +63,9 @@ class WireServer:
         lose: how many POSTs are dropped unread, as a closing keep-alive connection does.
         unfinished: how many times a trace that is asked for is still running.
         hold: set, traces end only when it is.
+        hold_after: how many steps of a generation come before it holds.
+        finish: after how many tokens generations end by themselves.
+        explained: each request that was to be explained, with its buffers.
         refuse: answers every POST with this fault.
         fail: faults of single requests, by the text of their prompt.
         api_key: wanted, if set.
@@ -67,6 +80,9 @@ class WireServer:
         self.lose = 0
         self.unfinished = 0
         self.hold: asyncio.Event | None = None
+        self.hold_after = 0
+        self.finish = len(IDS)
+        self.explained: list[tuple[Submission, list[memoryview]]] = []
         self.refuse: tuple[int, Fault] | None = None
         self.fail: dict[str, Fault] = {}
         self.api_key: str | None = None
@@ -85,6 +101,7 @@ class WireServer:
                 web.post("/v1/models/{id:.+}/tokenize", self._tokenize),
                 web.post("/v1/models/{id:.+}/detokenize", self._detokenize),
                 web.post("/v1/traces", self._post),
+                web.post("/v1/explain", self._explain),
                 web.get("/v1/traces/{id}", self._get),
                 web.delete("/v1/traces/{id}", self._delete),
             ]
@@ -147,26 +164,62 @@ class WireServer:
             yield Queued(each.id, position), []
         for each in requests:
             yield Running(each.id, len(requests)), []
+        for step in range(max(map(self._count, requests))):
+            if self.hold is not None and step >= self.hold_after:
+                await self.hold.wait()
+            for each in requests:
+                if step < self._count(each):
+                    sequences = list(range(sum(len(invoke.prompts) for invoke in each.invokes)))
+                    ids, texts = [IDS[step]] * len(sequences), [TEXTS[step]] * len(sequences)
+                    yield Generated(each.id, step, sequences, ids, texts), []
         if self.hold is not None:
             await self.hold.wait()
         for each in requests:
             yield self._outcome(each)
 
+    def _count(self, request: TraceRequest) -> int:
+        """Return how many tokens a request gets."""
+        if request.decoding is None:
+            return 0
+        return min(request.decoding.max_new_tokens, self.finish)
+
     def _outcome(self, request: TraceRequest) -> Answer:
         prompt = request.invokes[0].prompts[0]
         if isinstance(prompt, str) and prompt in self.fail:
             return Failed(request.id, self.fail[prompt]), []
-        saves = [(n, node) for n, node in enumerate(request.graph.nodes) if isinstance(node, Save)]
+        count = self._count(request)
+        saves = [
+            (number, node, step)
+            for step in reversed(range(max(count, 1)))
+            for number, node in enumerate(request.graph.nodes)
+            if isinstance(node, Save) and step in request.graph.steps_of(number)
+        ]
         tensors = [
-            SavedTensor(number, node.name, TensorSpec("float32", VALUE.shape, index))
-            for index, (number, node) in enumerate(saves)
+            SavedTensor(number, node.name, TensorSpec("float32", VALUE.shape, index), step)
+            for index, (number, node, step) in enumerate(saves)
         ]
         prompts = [
             [PromptTokens([1, 2], ["a", "b"]) for _ in invoke.prompts] for invoke in request.invokes
         ]
         statistics = Statistics(queue_s=0.0, forward_s=0.1, forward=1, groups=2, tokens=4)
-        done = Done(id=request.id, prompts=prompts, tensors=tensors, statistics=statistics)
-        return done, [VALUE.tobytes()] * len(saves)
+        finish = "length" if count == len(IDS) else "eos"
+        completion = Completion(IDS[:count], TOKENS[:count], "".join(TEXTS[:count]), finish)
+        done = Done(
+            id=request.id,
+            prompts=prompts,
+            tensors=tensors,
+            statistics=statistics,
+            completions=[[completion for _ in invoke.prompts] for invoke in request.invokes]
+            if request.decoding
+            else [],
+        )
+        return done, [(VALUE + step).tobytes() for _, _, step in saves]
+
+    async def _explain(self, request: web.Request) -> web.Response:
+        frame = split_frame(await request.read(), FrameLimits())
+        submission = msgspec.msgpack.decode(frame.header, type=Submission)
+        self.explained.append((submission, frame.buffers))
+        return _json(Explanations([_explanation(each) for each in submission.requests]))
 
     async def _get(self, request: web.Request) -> web.StreamResponse:
         name = request.match_info["id"]
@@ -186,6 +239,19 @@ class WireServer:
     async def _delete(self, request: web.Request) -> web.Response:
         self.deleted.append(request.match_info["id"])
         return web.Response(status=204)
+
+
+def _explanation(request: TraceRequest) -> Explanation:
+    return Explanation(
+        id=request.id,
+        tokens=12,
+        value_bytes=3_400_000,
+        saved_bytes=512,
+        flops=7_000_000_000,
+        depth=[RowsAtDepth(0, 12), RowsAtDepth(1, 5), RowsAtDepth(3, 1)],
+        row_layers=(22, 36),
+        notes=["7 rows leave after layer 0"],
+    )
 
 
 async def _write(response: web.StreamResponse, event: Event, buffers: list[bytes]) -> None:

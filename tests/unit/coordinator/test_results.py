@@ -19,7 +19,8 @@ class Slab:
 
 def result(name: str, nbytes: int = 0, memory: Memory | None = None) -> Outgoing:
     event = Failed(name, Fault(kind="internal", message="stands for any result"))
-    return Outgoing(event=event, buffers=[memoryview(bytes(nbytes))], memory=memory)
+    memories = () if memory is None else (memory,)
+    return Outgoing(event=event, buffers=[memoryview(bytes(nbytes))], memories=memories)
 
 
 def store(room_for: int = 1000) -> ResultStore:

@@ -101,5 +101,5 @@ def test_another_protocol_is_refused_with_both_versions() -> None:
     request = TraceRequest(id="abcdefgh", model="m", invokes=[Invoke(["hi"])], graph=Graph())
 
     check_protocol(Submission(requests=[request]))
-    with pytest.raises(RequestError, match=r"version 99 of the protocol, this server 1"):
+    with pytest.raises(RequestError, match=r"version 99 of the protocol, this server 2"):
         check_protocol(Submission(requests=[request], protocol=99))

@@ -46,10 +46,10 @@ async def test_a_closed_stream_holds_no_memory() -> None:
     given_back = []
     memory = Memory(1, lambda: given_back.append(True))
     stream = EventStream(["a", "b"])
-    stream.push(Outgoing(event=failed("a"), memory=memory))
+    stream.push(Outgoing(event=failed("a"), memories=(memory,)))
 
     stream.close()
     assert given_back == [True]
-    stream.push(Outgoing(event=failed("b"), memory=memory))
+    stream.push(Outgoing(event=failed("b"), memories=(memory,)))
 
     assert given_back == [True]
