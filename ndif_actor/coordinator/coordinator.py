@@ -340,6 +340,7 @@ class Coordinator:
         try:
             message, buffers = build_pass(start, jobs)
             for command in start.before:
+                _log.debug("before the pass", sequence=start.sequence, command=str(command))
                 await self._replica.tell(command)
             report = await self._replica.run_pass(message, buffers)
         except ReplicaLost:

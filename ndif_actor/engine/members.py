@@ -180,8 +180,9 @@ class Generation:
                 continue
             if self.sampling(number):
                 block = packing.block(strand)
-                positions = block.positions or range(block.length)
-                found.append((number, block.start + positions.index(len(fed) - 1)))
+                last = len(fed) - 1
+                place = last if block.positions is None else block.positions.index(last)
+                found.append((number, block.start + place))
             strand += 1
         return found
 

@@ -7,11 +7,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ndif_actor.engine import adapter
+from ndif_actor.engine.blueprint import Blueprint
+from ndif_actor.engine.depth import NEVER
 from ndif_actor.engine.hookpoints import HookTable, Site
 from ndif_actor.engine.moments import Moment
-from ndif_actor.engine.program import BEFORE_FORWARD, Program, compile_graph
+from ndif_actor.engine.program import BEFORE_FORWARD, Program, Reach, compile_graph
 from ndif_actor.errors import RequestError
 from ndif_client.wire.graph import (
+    PREFILL,
     Apply,
     CallModule,
     Constant,
@@ -22,12 +26,16 @@ from ndif_client.wire.graph import (
     ReadHook,
     Ref,
     Save,
+    Slice,
     Source,
+    Steps,
     WriteHook,
     references,
 )
 from ndif_client.wire.messages import Fault
 from ndif_client.wire.tensors import TensorSpec
+from tests.models import CONFIGS
+from tests.requests import Recorder
 
 #: Layers "0" to "4" fire in order; the output of layer n at moment n.
 LAYERS = 5
@@ -300,3 +308,129 @@ def test_a_graph_without_recorded_lines_is_refused_just_as_well() -> None:
         compile_graph(Graph([Save(Ref(3))]), table(), 1)
 
     assert caught.value.fault.source is None
+
+
+# ---------------------------------------------------------------- steps of a generation
+
+
+def stepped(nodes: list[tuple[Node, Steps]], num_steps: int = 8) -> Program:
+    blocks = list(dict.fromkeys(steps for _, steps in nodes))
+    lines = list(range(len(nodes)))
+    sources = [Source("user.py", n + 1) for n in lines]
+    during = [blocks.index(steps) for _, steps in nodes]
+    graph = Graph([node for node, _ in nodes], sources, lines, blocks, during)
+    return compile_graph(graph, table(), 1, num_steps)
+
+
+ALL, LATER = Steps(), Steps(1)
+
+
+def test_each_step_runs_the_nodes_of_its_blocks() -> None:
+    program = stepped(
+        [
+            (ReadHook(at(1)), PREFILL),
+            (Save(Ref(0)), PREFILL),
+            (ReadHook(at(2)), ALL),
+            (Save(Ref(2)), ALL),
+            (ReadHook(at(0)), Steps(2, 7, 3)),
+        ]
+    )
+
+    assert program.at(0).nodes == {1: [0, 1], 2: [2, 3]}
+    assert program.at(1).nodes == program.at(6).nodes == {2: [2, 3]}
+    assert program.at(2).nodes == program.at(5).nodes == {0: [4], 2: [2, 3]}
+
+
+def test_a_value_of_an_earlier_step_is_there_before_the_forward() -> None:
+    program = stepped(
+        [
+            (ReadHook(at(4)), PREFILL),
+            (Apply("neg", [Ref(0)]), LATER),
+            (WriteHook(at(1), Ref(1)), Steps(3, 5)),
+        ]
+    )
+
+    assert program.at(1).nodes == {BEFORE_FORWARD: [1]}
+    assert program.kept == {0: None}
+
+
+def test_a_value_is_kept_until_the_last_step_that_uses_it() -> None:
+    program = stepped(
+        [
+            (ReadHook(at(4)), PREFILL),
+            (WriteHook(at(1), Ref(0)), Steps(3, 6)),
+            (WriteHook(at(2), Ref(0)), Steps(1, 5, 2)),
+        ]
+    )
+
+    assert program.kept == {0: 5}
+
+
+def test_a_value_that_is_too_late_in_its_own_step_is_refused() -> None:
+    with pytest.raises(RequestError) as caught:
+        stepped([(ReadHook(at(4)), PREFILL), (WriteHook(at(1), Ref(0)), ALL)])
+
+    assert "reaches only afterwards" in caught.value.fault.message
+
+
+@pytest.mark.parametrize(
+    ("made", "used"),
+    [(ALL, Steps(9, 10)), (LATER, ALL), (Steps(0, 5), LATER), (Steps(3, 4), LATER)],
+)
+def test_a_value_of_no_one_step_is_refused_with_both_lines(made: Steps, used: Steps) -> None:
+    nodes: list[tuple[Node, Steps]] = [(ReadHook(at(1)), made), (Apply("neg", [Ref(0)]), used)]
+    if made.includes(used):
+        stepped(nodes, 20)
+        return
+    with pytest.raises(RequestError) as caught:
+        stepped(nodes, 20)
+
+    fault = caught.value.fault
+    assert "no one value" in fault.message
+    assert fault.source == Source("user.py", 2) and fault.other_source == Source("user.py", 1)
+
+
+def test_a_step_that_is_never_made_is_refused() -> None:
+    with pytest.raises(RequestError) as caught:
+        stepped([(ReadHook(at(1)), Steps(8))], num_steps=8)
+
+    assert caught.value.fault.message == "steps 8: will never be made, steps 0 to 7 are"
+
+
+@pytest.mark.parametrize("during", [[0], [0, 1], [0, 0, 0]])
+def test_a_graph_that_does_not_say_when_each_node_runs_is_refused(during: list[int]) -> None:
+    graph = Graph([ReadHook(at(1)), Save(Ref(0))], steps=[PREFILL], during=during)
+
+    with pytest.raises(RequestError):
+        compile_graph(graph, table(), 1)
+
+
+def test_steps_that_are_none_are_refused() -> None:
+    with pytest.raises(RequestError) as caught:
+        stepped([(ReadHook(at(1)), Steps(3, 3))])
+
+    assert "none at all" in caught.value.fault.message
+
+
+# ---------------------------------------------------------------- depth
+
+
+def test_what_a_step_needs_of_its_rows_is_known_by_invoke() -> None:
+    model = Blueprint(adapter.build_without_weights(CONFIGS["llama"](), torch.float32), 1)
+    recorder = Recorder()
+    recorder.read("model.layers.1.mlp.output", 0)
+    logits = recorder.read("lm_head.output", 1)
+    recorder.save(recorder.apply("getitem", logits, (slice(None), -1)))
+    recorder.save(recorder.apply("getitem", logits, (..., slice(0, 2), slice(None))))
+    recorder.write("model.layers.2.output", 0.0, 1)
+    recorder.save(recorder.read("output[logits]", 2))
+    recorder.write("model.embed_tokens.output", 0.0, 3)
+
+    reach = model.compile(recorder.graph(), 5).at(0).reach
+
+    assert reach[0] == Reach(2, NEVER, ())
+    assert (reach[1].last, reach[1].first_write) == (6, 5)
+    assert reach[1].tail is not None and set(reach[1].tail) == {-1, Slice(0, 2)}
+    assert reach[2] == Reach(6, NEVER, None)
+    assert reach[3] == Reach(-1, -1, ())
+    assert reach[4] == Reach(-1, NEVER, ())
