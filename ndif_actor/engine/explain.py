@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 import msgspec
 
-from ndif_actor.engine.depth import NEVER, Stage, Strand, lay_out, row_layers
+from ndif_actor.engine.depth import Stage, Strand, lay_out, row_layers
 from ndif_actor.engine.layers import LayerStack
 from ndif_actor.engine.members import whole_prompts
 from ndif_actor.engine.program import Program
@@ -79,34 +80,33 @@ def _depth(stages: Sequence[Stage]) -> list[RowsAtDepth]:
 def _notes(strands: Sequence[Strand], stages: Sequence[Stage], tail: int) -> list[str]:
     notes = []
     first = stages[0]
-    tokens = sum(strand.length for strand in strands)
-    if first.total < tokens:
+    if len(first.blocks) < len(strands):
         notes.append(
-            f"{len(strands)} prompts begin as {len(first.blocks)}: equal ones are computed once "
+            f"{len(strands)} prompts begin as {len(first.blocks)}: equal ones are computed once, "
             "up to the first write into each"
         )
-    forks: dict[int, int] = {}
-    for block in first.blocks:
-        for member in block.members if len(block.members) > 1 else ():
-            fork = strands[member].fork
-            if fork != NEVER and fork <= strands[member].last:
-                forks[fork] = forks.get(fork, 0) + 1
-    notes += [f"{count} fork{'s' * (count == 1)} {_where(k)}" for k, count in sorted(forks.items())]
-    leaving: dict[int, int] = {}
-    for strand in strands:
-        if strand.last < tail:
-            region = (
-                strand.last | 1
-            )  # a row that is not needed after a layer's inside has its output
-            leaving[region] = leaving.get(region, 0) + 1
-    notes += [
-        f"{count} leave{'s' * (count == 1)} {_where(k)}" for k, count in sorted(leaving.items())
-    ]
-    if stages[-1].region == tail and stages[-1].total:
-        before = stages[-2].total
-        notes.append(f"{stages[-1].total} of {before} rows go on to the final norm and the logits")
+    shared = [m for block in first.blocks if len(block.members) > 1 for m in block.members]
+    forks = Counter(strands[m].fork for m in shared if strands[m].fork <= strands[m].last)
+    notes += [f"{_prompts(count)} forked {_where(region)}" for region, count in _sorted(forks)]
+    # What is last needed inside of a layer leaves after it.
+    leaving = Counter(strand.last | 1 for strand in strands if strand.last < tail)
+    notes += [f"{_prompts(count)} done {_where(region)}" for region, count in _sorted(leaving)]
+    if stages[-1].region == tail and stages[-1].total < stages[-2].total:
+        notes.append(
+            f"{stages[-1].total} of {stages[-2].total} rows go on to the final norm and the logits"
+        )
     return notes
 
 
+def _sorted(counts: Counter[int]) -> list[tuple[int, int]]:
+    return sorted(counts.items())
+
+
+def _prompts(count: int) -> str:
+    return "1 prompt is" if count == 1 else f"{count} prompts are"
+
+
 def _where(region: int) -> str:
-    return f"after layer {region // 2}" if region % 2 else f"before layer {region // 2}"
+    if region < 0:
+        return "before the layers"
+    return f"after layer {region // 2}" if region % 2 else f"from layer {region // 2} on"
