@@ -19,6 +19,7 @@ from ndif_actor.coordinator.capacity import CacheSize
 from ndif_actor.coordinator.choice import ModelChoice
 from ndif_actor.coordinator.completions import GrowingCompletion
 from ndif_actor.coordinator.events import Ticket
+from ndif_actor.coordinator.gathering import MAX_BUFFERS
 from ndif_actor.coordinator.screening import own_buffers, refused, screen
 from ndif_actor.errors import RequestError
 from ndif_actor.messages import Group
@@ -227,7 +228,7 @@ class Admission:
         lengths = [[len(prompt.ids) for prompt in invoke] for invoke in prompts]
         steps = 0 if decoding is None else decoding.max_new_tokens
         price = self._blueprint.check(graph, lengths, own, steps)
-        self._check_price(price.value_bytes, price.saved_bytes)
+        self._check_price(price)
         group = Group(
             request=request.id,
             invokes=[[prompt.ids for prompt in invoke] for invoke in prompts],
@@ -320,10 +321,16 @@ class Admission:
             bad, size = max(ids), self._blueprint.vocab_size
             raise refused("graph", f"{place} has token id {bad}; the model knows 0 to {size - 1}")
 
-    def _check_price(self, value_bytes: int, saved_bytes: int) -> None:
+    def _check_price(self, price: Price) -> None:
+        if price.saved_tensors > MAX_BUFFERS:
+            raise refused(
+                "limit",
+                f"this request would save {price.saved_tensors} tensors over all of its steps; one "
+                f"reply carries at most {MAX_BUFFERS}. Save at fewer steps, or stack what you save",
+            )
         for nbytes, most, what in (
-            (value_bytes, self._limits.value_bytes, "make values of"),
-            (saved_bytes, self._limits.saved_bytes, "save"),
+            (price.value_bytes, self._limits.value_bytes, "make values of"),
+            (price.saved_bytes, self._limits.saved_bytes, "save"),
         ):
             if nbytes > most:
                 raise refused(

@@ -24,7 +24,7 @@ from ndif_client.wire.tensors import check_buffer
 #: be decoded by the shards, wherever their stacks stand.
 MAX_NESTING = 16
 
-#: Values one request may save: a reply's frame has at most this many buffers.
+#: Values one request may save at a step.
 MAX_SAVES = 4096
 
 

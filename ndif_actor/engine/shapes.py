@@ -37,13 +37,15 @@ class Price(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         tokens: rows it adds to a forward.
-        saved_bytes: bytes of its result.
+        saved_bytes: bytes of its result, over all steps.
+        saved_tensors: how many tensors that is.
         value_bytes: bytes of all values its nodes make, an upper bound of what it holds at once.
         flops: floating-point operations of its own nodes, without the model's.
     """
 
     tokens: int
     saved_bytes: int
+    saved_tensors: int
     value_bytes: int
     flops: int
 
@@ -105,7 +107,7 @@ def price(
     program: Program, shapes: Shapes, lengths: Sequence[Sequence[int]], num_steps: int = 1
 ) -> Price:
     """Add up what a program makes and saves."""
-    saved = value_bytes = flops = 0
+    saved = tensors = value_bytes = flops = 0
     for number, node in enumerate(program.graph.nodes):
         later = _count(program.graph.steps_of(number), num_steps)
         own = [
@@ -115,11 +117,16 @@ def price(
         ]
         if isinstance(node, Save):
             saved += sum(_bytes(known[node.value.node]) * times for known, _, times in own)
+            tensors += sum(_tensors_in(known[node.value.node]) * times for known, _, times in own)
             continue
         value_bytes += max((_bytes(value) for _, value, _ in own), default=0)
         flops += sum(_flops(node, value, known) * times for known, value, times in own)
     return Price(
-        tokens=sum(map(sum, lengths)), saved_bytes=saved, value_bytes=value_bytes, flops=flops
+        tokens=sum(map(sum, lengths)),
+        saved_bytes=saved,
+        saved_tensors=tensors,
+        value_bytes=value_bytes,
+        flops=flops,
     )
 
 
@@ -330,6 +337,10 @@ def _bytes(value: Any) -> int:
     if isinstance(value, torch.Tensor):
         return value.numel() * value.element_size()
     return sum(map(_bytes, value)) if isinstance(value, tuple) else 0
+
+
+def _tensors_in(value: Any) -> int:
+    return sum(map(_tensors_in, value)) if isinstance(value, tuple) else 1
 
 
 def _flops(node: Node, value: Any, values: Mapping[int, Any]) -> int:

@@ -40,7 +40,7 @@ class FrameLimits(msgspec.Struct, frozen=True, kw_only=True):
     """What a reader is willing to receive; everything beyond is refused unread."""
 
     max_header_bytes: int = 16 << 20
-    max_buffers: int = 4096
+    max_buffers: int = 0xFFFF
     max_buffer_bytes: int = 4 << 30
     max_total_bytes: int = 16 << 30
 

@@ -58,7 +58,7 @@ def test_each_request_finds_its_own_constants() -> None:
     "requests",
     [
         [_request(n, 0) for n in range(MAX_REQUESTS + 3)],
-        [_request(n, 1500) for n in range(4)],
+        [_request(n, 9000) for n in range(8)],
         [_request(n, 1, 30 << 20) for n in range(4)],
     ],
     ids=["requests", "buffers", "bytes"],
