@@ -159,36 +159,58 @@ def ragged_attention(
         record.attended.append(Attended(module, *shapes))
     if record is None or record.layout is None:
         return _padded(module, query, key, value, attention_mask, **options)
-    layout = record.layout
-    heads, total = query.shape[1], query.shape[2]
-    packed = query.new_empty(1, total, heads, value.shape[-1])
+    packed = query.new_empty(1, query.shape[2], query.shape[1], value.shape[-1])
+    _attend_fresh(module, record.layout, query, key, value, packed, **options)
+    if record.cache is not None:
+        if (kept := record.layout.kept) is not None:
+            record.cache.write(module, key, value, kept.rows, kept.slots)
+        _attend_cached(module, record.layout, record.cache, query, packed, **options)
+    return packed, None
+
+
+def _attend_fresh(
+    module: torch.nn.Module,
+    layout: AttentionLayout,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    packed: torch.Tensor,
+    **options: Any,
+) -> None:
+    """Let sequences without a past attend to themselves; `packed` is `[1, T, heads, dim]`."""
     causal = options.get("is_causal")
     if causal is None:
         causal = getattr(module, "is_causal", True)
-    scale, softcap = options.get("scaling"), options.get("softcap")
-    window = options.get("sliding_window")
     for segment in layout.fresh:
         stop = segment.start + segment.count * segment.length
-        attended_rows = _attend(
+        attended = _attend(
             *(_segment(t, segment, stop) for t in (query, key, value)),
             causal=causal,
-            scale=scale,
-            window=window,
-            softcap=softcap,
+            scale=options.get("scaling"),
+            window=options.get("sliding_window"),
+            softcap=options.get("softcap"),
         )
-        rows = packed[0, segment.start : stop].view(segment.count, segment.length, heads, -1)
-        rows.copy_(attended_rows.transpose(1, 2))
-    if record.cache is None:
-        return packed, None
-    if layout.kept is not None:
-        record.cache.write(module, key, value, layout.kept.rows, layout.kept.slots)
+        rows = packed[0, segment.start : stop].unflatten(0, (segment.count, segment.length))
+        rows.copy_(attended.transpose(1, 2))
+
+
+def _attend_cached(
+    module: torch.nn.Module,
+    layout: AttentionLayout,
+    cache: KVCache,
+    query: torch.Tensor,
+    packed: torch.Tensor,
+    **options: Any,
+) -> None:
+    """Let sequences with a past attend to their pages of the cache."""
+    scale, softcap = options.get("scaling"), options.get("softcap")
+    window = options.get("sliding_window")
     for chunk in layout.chunks:
-        mask = _chunk_mask(chunk.length, chunk.slots.numel(), window, query.device)
         stop = chunk.start + chunk.length
         _attend_past(
             query[:, :, chunk.start : stop],
-            *record.cache.read(module, chunk.slots[None]),
-            mask,
+            *cache.read(module, chunk.slots[None]),
+            _chunk_mask(chunk.length, chunk.slots.numel(), window, query.device),
             scale,
             softcap,
             packed[:, chunk.start : stop],
@@ -197,13 +219,12 @@ def ragged_attention(
         stop = decodes.start + decodes.slots.shape[0]
         _attend_past(
             query[0, :, decodes.start : stop].transpose(0, 1).unsqueeze(2),
-            *record.cache.read(module, decodes.slots),
+            *cache.read(module, decodes.slots),
             decodes.mask(window),
             scale,
             softcap,
             packed[0, decodes.start : stop].unsqueeze(1),
         )
-    return packed, None
 
 
 def _attend_past(

@@ -13,10 +13,11 @@ import torch
 from transformers import PreTrainedModel
 
 from ndif_actor.engine import adapter, shapes, tree
+from ndif_actor.engine.checks import graph_fault
 from ndif_actor.engine.explain import explain
 from ndif_actor.engine.hookpoints import HookTable, discover
 from ndif_actor.engine.probe import depth_fault
-from ndif_actor.engine.program import Program, compile_graph, graph_fault
+from ndif_actor.engine.program import Program, compile_graph
 from ndif_actor.engine.shapes import Price
 from ndif_actor.errors import ModelError
 from ndif_actor.messages import Group

@@ -11,15 +11,14 @@ from collections.abc import Iterable, Sequence
 
 import msgspec
 
+from ndif_actor.engine.checks import check_references, check_steps, find_sites, graph_fault
 from ndif_actor.engine.depth import NEVER
 from ndif_actor.engine.hookpoints import HookTable, Site
 from ndif_actor.engine.moments import Moment
-from ndif_actor.errors import RequestError
 from ndif_client.wire.graph import (
     PREFILL,
     Apply,
     Argument,
-    CallModule,
     Dots,
     Graph,
     HookPoint,
@@ -32,7 +31,6 @@ from ndif_client.wire.graph import (
     WriteHook,
     references,
 )
-from ndif_client.wire.messages import Fault
 
 #: Order of nodes that need nothing from the forward.
 BEFORE_FORWARD = -1
@@ -92,9 +90,9 @@ class Program:
         self.graph = graph
         self.num_invokes = num_invokes
         self._uses = [references(node) for node in graph.nodes]
-        _check_shape(graph, self._uses, num_invokes)
-        self.sites = _find_sites(graph, table)
-        self.kept = _check_steps(graph, self._uses)
+        check_references(graph, self._uses, num_invokes)
+        self.sites = find_sites(graph, table)
+        self.kept = check_steps(graph, self._uses)
         self._layers = table.layers
         self._in_block: dict[int, list[int]] = {}
         for number in range(len(graph.nodes)):
@@ -285,101 +283,6 @@ def compile_graph(graph: Graph, table: HookTable, num_invokes: int, num_steps: i
             made = f"steps 0 to {num_steps - 1} are" if num_steps > 1 else "only step 0 is"
             raise graph_fault(graph, number, f"{steps} will never be made, {made}")
     return program
-
-
-def graph_fault(graph: Graph, node: int, message: str, other: int | None = None) -> RequestError:
-    """Return the error for a node that can never run, with the user's lines."""
-    hook = getattr(graph.nodes[node], "hook", None)
-    return RequestError(
-        Fault(
-            kind="graph",
-            message=message,
-            node=node,
-            hook=None if hook is None else str(hook),
-            source=graph.source_of(node),
-            other_source=None if other is None else graph.source_of(other),
-        )
-    )
-
-
-def _check_shape(graph: Graph, uses: Sequence[Sequence[int]], num_invokes: int) -> None:
-    writes = (WriteHook, Save)
-    for number, node in enumerate(graph.nodes):
-        for used in uses[number]:
-            if used >= number:
-                raise graph_fault(
-                    graph, number, f"node {number} refers to node {used}, a later one"
-                )
-            if isinstance(graph.nodes[used], writes):
-                raise graph_fault(graph, number, f"node {used} is a write or save, not a value")
-        if isinstance(node, ReadHook | WriteHook) and node.invoke >= num_invokes:
-            raise graph_fault(
-                graph, number, f"invoke {node.invoke} does not exist; there are {num_invokes}"
-            )
-
-
-def _check_steps(graph: Graph, uses: Sequence[Sequence[int]]) -> dict[int, int | None]:
-    """Check which steps' values are used where; return which are kept, and until which step."""
-    if not graph.during:
-        return {}
-    if len(graph.during) != len(graph.nodes) or max(graph.during) >= len(graph.steps):
-        raise RequestError(Fault(kind="graph", message="not every node has its steps"))
-    for steps in graph.steps:
-        if steps.stop is not None and steps.stop <= steps.start:
-            raise RequestError(Fault(kind="graph", message=f"{steps} are none at all"))
-    kept: dict[int, int | None] = {}
-    for number in range(len(graph.nodes)):
-        own = graph.steps_of(number)
-        for used in uses[number]:
-            other = graph.steps_of(used)
-            if graph.during[used] == graph.during[number]:
-                continue
-            if other.single and other.start <= own.start:
-                last = own.last
-                known = kept.get(used, last)
-                kept[used] = None if last is None or known is None else max(known, last)
-            elif not other.includes(own):
-                raise graph_fault(
-                    graph,
-                    number,
-                    f"at {own} there is no one value of {other}: a value can be used in its own "
-                    "step, and one of a single step also later",
-                    used,
-                )
-    return kept
-
-
-def _find_sites(graph: Graph, table: HookTable) -> dict[HookPoint, Site]:
-    sites: dict[HookPoint, Site] = {}
-    for number, node in enumerate(graph.nodes):
-        if isinstance(node, CallModule):
-            _check_callable(graph, number, node, table)
-        if not isinstance(node, ReadHook | WriteHook):
-            continue
-        try:
-            site = table.find(node.hook)
-        except LookupError as error:
-            raise graph_fault(graph, number, str(error)) from None
-        if isinstance(node, WriteHook) and not site.dtype.is_floating_point:
-            raise graph_fault(
-                graph,
-                number,
-                f"{node.hook} holds integers and is read-only; to change what the model sees, "
-                "write the output of its embedding",
-            )
-        sites[node.hook] = site
-    return sites
-
-
-def _check_callable(graph: Graph, number: int, node: CallModule, table: HookTable) -> None:
-    prefix = f"{node.path}." if node.path else ""
-    if any(path == node.path or path.startswith(prefix) for path in table.attention):
-        raise graph_fault(
-            graph,
-            number,
-            f"{node.path or 'the model'!r} attends, so it can't be called on a value; call the "
-            "norms, MLPs or projections in it, or trace another prompt",
-        )
 
 
 def _refuse_late(graph: Graph, number: int, node: WriteHook, culprit: int | None) -> None:

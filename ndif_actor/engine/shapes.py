@@ -15,7 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 from ndif_actor.engine import ops
-from ndif_actor.engine.program import Program, graph_fault
+from ndif_actor.engine.checks import graph_fault
+from ndif_actor.engine.program import Program
 from ndif_client.wire.catalogue import ALIASES, CATALOGUE
 from ndif_client.wire.graph import (
     Apply,
