@@ -20,6 +20,7 @@ from ndif_client.steps import BEFORE_FORWARD, PREFILL_BLOCK, Block, Moment, Mome
 from ndif_client.wire.frames import FrameLimits
 from ndif_client.wire.graph import (
     MAX_NODES,
+    MAX_STEP_BLOCKS,
     PREFILL,
     Argument,
     Constant,
@@ -74,6 +75,7 @@ class Recorder:
         self._nodes: list[Node] = []
         self._at: list[int] = []
         self._blocks: list[Block] = []
+        self._steps_used: set[Steps] = {PREFILL}
         self._moments = Moments()
         self._sources: list[Source] = []
         self._source_numbers: dict[tuple[str, int], int] = {}
@@ -104,6 +106,7 @@ class Recorder:
         Raises:
             ClosedTraceError: nothing is recorded here, or the generation has ended.
             GraphError: it stands inside of another one.
+            LimitError: there are too many of them.
         """
         self.check_open()
         if _current.get() is not self:
@@ -116,6 +119,12 @@ class Recorder:
                 f"a block of {block.steps} inside of one of {self.block.steps}: steps blocks can't "
                 "be nested; end that one first",
                 other=self._opened_block,
+            )
+        self._steps_used.add(block.steps)
+        if len(self._steps_used) > MAX_STEP_BLOCKS:
+            raise LimitError(
+                f"a generation has at most {MAX_STEP_BLOCKS} different blocks of steps; use "
+                "gen.all() or a slice, which save one value for each step"
             )
         self.block, self._opened_block = block, capture()
         try:

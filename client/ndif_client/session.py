@@ -205,8 +205,10 @@ class Session:
     async def close(self) -> None:
         """Cancel what is under way, close all connections, stop a private server."""
         self._display.close()
-        await self._submitter.close()
-        await self._resources.aclose()
+        try:
+            await self._submitter.close()
+        finally:
+            await self._resources.aclose()
 
     def _shown(self, on_progress: OnProgress | None, progress: bool) -> OnProgress | None:
         return _both(on_progress, self._display.show) if progress else on_progress

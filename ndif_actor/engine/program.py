@@ -15,7 +15,9 @@ from ndif_actor.engine.checks import check_references, check_steps, find_sites, 
 from ndif_actor.engine.depth import NEVER
 from ndif_actor.engine.hookpoints import HookTable, Site
 from ndif_actor.engine.moments import Moment
+from ndif_actor.errors import RequestError
 from ndif_client.wire.graph import (
+    MAX_NODES,
     PREFILL,
     Apply,
     Argument,
@@ -31,12 +33,16 @@ from ndif_client.wire.graph import (
     WriteHook,
     references,
 )
+from ndif_client.wire.messages import Fault
 
 #: Order of nodes that need nothing from the forward.
 BEFORE_FORWARD = -1
 
 #: Plans of a program that are kept; most have one or two.
 _PLANS = 64
+
+#: Nodes that may be planned in all, at each step where a block begins.
+_MOST_WORK = 5 * MAX_NODES
 
 
 class Reach(msgspec.Struct, frozen=True):
@@ -98,8 +104,20 @@ class Program:
         for number in range(len(graph.nodes)):
             self._in_block.setdefault(self._block(number), []).append(number)
         self._plans: dict[tuple[int, ...], StepPlan] = {}
+        self._check_work()
         for step in self.first_steps():
             self.at(step)
+
+    def _check_work(self) -> None:
+        """Refuse a graph whose overlapping blocks would take seconds to plan."""
+        sizes = [(self._steps(block), len(nodes)) for block, nodes in self._in_block.items()]
+        work = sum(size for step in self.first_steps() for steps, size in sizes if step in steps)
+        if work > _MOST_WORK:
+            message = (
+                f"{len(sizes)} overlapping blocks of steps make {work} operations where a block "
+                f"begins, at most {_MOST_WORK} are allowed; use fewer blocks"
+            )
+            raise RequestError(Fault(kind="limit", message=message))
 
     def first_steps(self) -> list[int]:
         """Return the steps at which something runs for the first time, the prefill always."""
@@ -123,12 +141,10 @@ class Program:
             plan = self._plans[active] = self._plan(active)
         return plan
 
-    def touches_after_prefill(self) -> bool:
-        """Whether any step but the first reads or writes a hook point."""
-        return any(
-            isinstance(node, ReadHook | WriteHook) and self.graph.steps_of(number) != PREFILL
-            for number, node in enumerate(self.graph.nodes)
-        )
+    def nodes_at(self, step: int) -> list[int]:
+        """Return the nodes that run at a step, in program order."""
+        active = (block for block in self._in_block if step in self._steps(block))
+        return sorted(number for block in active for number in self._in_block[block])
 
     # ------------------------------------------------------------ one step
 

@@ -90,17 +90,17 @@ def infer(
     for step in _representatives(program, num_steps):
         known = shapes.at(step)
         new = shapes.prefill if step == 0 else shapes.decode
-        for number, node in enumerate(graph.nodes):
-            steps = graph.steps_of(number)
-            if step not in steps or number in new:
-                continue
-            with torch.no_grad(), _OneDtype():
+        with torch.no_grad(), _OneDtype():
+            for number in program.nodes_at(step):
+                if number in new:
+                    continue
+                node = graph.nodes[number]
                 try:
                     value = _infer(node, program, model, single if step else lengths, known)
                 except ops.REFUSALS as error:
                     message = f"{_describe(node, known)}: {_first_line(error)}"
                     raise graph_fault(graph, number, message) from None
-            known[number] = new[number] = value
+                known[number] = new[number] = value
     return shapes
 
 
@@ -109,11 +109,12 @@ def price(
 ) -> Price:
     """Add up what a program makes and saves."""
     saved = tensors = value_bytes = flops = 0
+    decode = shapes.at(1)
     for number, node in enumerate(program.graph.nodes):
         later = _count(program.graph.steps_of(number), num_steps)
         own = [
             (known, known[number], times)
-            for known, times in ((shapes.prefill, 1), (shapes.at(1), later))
+            for known, times in ((shapes.prefill, 1), (decode, later))
             if times and number in known
         ]
         if isinstance(node, Save):

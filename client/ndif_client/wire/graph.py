@@ -15,6 +15,7 @@ from ndif_client.wire.tensors import DtypeName, TensorSpec
 
 #: Bounds enforced while decoding, before anything is built from a message.
 MAX_NODES = 20_000
+MAX_STEP_BLOCKS = 512
 MAX_ARGUMENTS = 4096
 MAX_TEXT = 4096
 MAX_PATH = 512
@@ -212,7 +213,7 @@ class Graph(msgspec.Struct, frozen=True):
     nodes: Annotated[list[Node], msgspec.Meta(max_length=MAX_NODES)] = []
     sources: Annotated[list[Source], msgspec.Meta(max_length=MAX_NODES)] = []
     at: Annotated[list[Index], msgspec.Meta(max_length=MAX_NODES)] = []
-    steps: Annotated[list[Steps], msgspec.Meta(max_length=MAX_NODES)] = []
+    steps: Annotated[list[Steps], msgspec.Meta(max_length=MAX_STEP_BLOCKS)] = []
     during: Annotated[list[Index], msgspec.Meta(max_length=MAX_NODES)] = []
 
     def steps_of(self, node: int) -> Steps:

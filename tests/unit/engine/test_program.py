@@ -405,6 +405,15 @@ def test_a_graph_that_does_not_say_when_each_node_runs_is_refused(during: list[i
         compile_graph(graph, table(), 1)
 
 
+def test_blocks_that_overlap_too_often_are_refused_before_they_cost_time() -> None:
+    many = [(ReadHook(at(1)), Steps(start, 1000)) for start in range(500) for _ in range(30)]
+
+    with pytest.raises(RequestError) as caught:
+        stepped(many, num_steps=1000)
+
+    assert caught.value.fault.kind == "limit"
+
+
 def test_steps_that_are_none_are_refused() -> None:
     with pytest.raises(RequestError) as caught:
         stepped([(ReadHook(at(1)), Steps(3, 3))])
