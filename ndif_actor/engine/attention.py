@@ -57,10 +57,10 @@ class Decodes:
         start: their first row.
         slots: `[sequences, longest]`, the places in the KV cache of all tokens of each sequence,
             this one included; what follows the last one may be any place without NaN or inf.
-        lengths: `[sequences]`, how many of its slots count.
+        lengths: for each sequence, how many of its slots count.
     """
 
-    def __init__(self, start: int, slots: torch.Tensor, lengths: torch.Tensor) -> None:
+    def __init__(self, start: int, slots: torch.Tensor, lengths: Sequence[int]) -> None:
         self.start = start
         self.slots = slots
         self._lengths = lengths
@@ -69,11 +69,14 @@ class Decodes:
     def mask(self, window: int | None) -> torch.Tensor | None:
         """Return `[sequences, 1, 1, longest]`, True where a key may be seen; None if all may."""
         if window not in self._masks:
-            places = torch.arange(self.slots.shape[1], device=self.slots.device)
-            seen = places < self._lengths[:, None]
+            # On the host, where looking at it makes nobody wait for the device.
+            places = torch.arange(self.slots.shape[1])
+            ends = torch.tensor(self._lengths)[:, None]
+            seen = places < ends
             if window is not None:
-                seen &= places >= self._lengths[:, None] - window
-            self._masks[window] = None if bool(seen.all()) else seen[:, None, None]
+                seen &= places >= ends - window
+            mask = None if bool(seen.all()) else seen[:, None, None].to(self.slots.device)
+            self._masks[window] = mask
         return self._masks[window]
 
 

@@ -257,7 +257,7 @@ class _Attention:
         self._feedings = feedings
         self._cache = cache
         self._slots: dict[int, torch.Tensor] = {}
-        self._tables: dict[tuple[int, ...], tuple[torch.Tensor, torch.Tensor]] = {}
+        self._tables: dict[tuple[int, ...], tuple[torch.Tensor, list[int]]] = {}
 
     def layout(self, stage: Stage) -> AttentionLayout:
         fresh: list[Block] = []
@@ -303,7 +303,7 @@ class _Attention:
             lengths = [feeding.strand.past + 1 for feeding in feedings]
             table = self._cache.table([feeding.pages or [] for feeding in feedings])
             slots = table[:, : max(lengths)].contiguous()
-            self._tables[members] = slots, torch.tensor(lengths, device=slots.device)
+            self._tables[members] = slots, lengths
         return Decodes(bucket[0].start, *self._tables[members])
 
     def _kept(self, blocks: Sequence[Block]) -> KeptRows | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import signal
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -361,6 +362,42 @@ async def test_a_killed_shard_fails_its_generations_and_serves_the_next(
                     await asyncio.sleep(0.3)
 
     assert result.new_ids == reference.generate(PROMPTS[1], 5)
+
+
+async def test_shards_generate_what_one_process_does(
+    folder: Path, tmp_path: Path, reference: Reference
+) -> None:
+    with running(folder, tmp_path / "log", "--dtype", "float64", "--tp", "2") as server:
+        async with connect(server.url) as session:
+            layer = session.model.model.layers[1]
+            async with session.generate(PROMPTS[0], max_new_tokens=6, eos=False) as generation:
+                with generation.steps[1:]:
+                    gate = layer.mlp.gate_proj.output.save()
+            others = await asyncio.gather(
+                *(session.generate(prompt, max_new_tokens=9, eos=False) for prompt in PROMPTS)
+            )
+
+    assert [value.shape for value in gate.value] == [(1, 1, 80)] * 5
+    assert generation.result.new_ids == reference.generate(PROMPTS[0], 6)
+    for prompt, result in zip(PROMPTS, others, strict=True):
+        assert result.new_ids == reference.generate(prompt, 9)
+
+
+async def test_a_draining_server_finishes_what_it_generates(
+    folder: Path, tmp_path: Path, reference: Reference
+) -> None:
+    with running(folder, tmp_path / "log", "--dtype", "float64") as server:
+        async with connect(server.url) as session:
+            generation = session.generate(PROMPTS[0], max_new_tokens=60, eos=False)
+            async for token in generation:
+                if token.step == 2:
+                    server.signal(signal.SIGTERM)
+                    break
+
+            result = await generation
+
+        assert result.new_ids == reference.generate(PROMPTS[0], 60)
+        assert server.wait() == 0
 
 
 async def test_the_demo_model_chats_as_transformers_does(smollm2: Path, tmp_path: Path) -> None:
