@@ -29,6 +29,11 @@ def save_layer(layer: int, logits: bool) -> Graph:
     return Graph(nodes=nodes)
 
 
+def read_logits(graph: Graph) -> Graph:
+    """Return a graph that also needs the logits of all tokens, and does nothing with them."""
+    return Graph(nodes=[*graph.nodes, ReadHook(_LOGITS)])
+
+
 def touch(points: Sequence[HookPoint], save: bool) -> Graph:
     """Return a graph that reads hook points and at last the logits, and saves one number of those.
 

@@ -27,9 +27,9 @@ class Worker:
         self._pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
         self._pool.submit(_hold, factory, arguments).result()
 
-    def call(self, method: str, *arguments: Any) -> Any:
+    def call(self, method: str, *arguments: Any, **named: Any) -> Any:
         """Return what that method of the held object returns."""
-        return self._pool.submit(_call, method, arguments).result()
+        return self._pool.submit(_call, method, arguments, named).result()
 
     def __enter__(self) -> Worker:
         return self
@@ -48,5 +48,5 @@ def _hold(factory: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     _held = factory(*arguments)
 
 
-def _call(method: str, arguments: tuple[Any, ...]) -> Any:
-    return getattr(_held, method)(*arguments)
+def _call(method: str, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
+    return getattr(_held, method)(*arguments, **named)
