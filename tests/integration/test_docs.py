@@ -47,13 +47,14 @@ async def test_every_block_of_the_guide_runs_in_order(smollm2: Path) -> None:
     assert names["after"].value > names["before"].value  # type: ignore[attr-defined]
 
 
-def _run_example(name: str, *arguments: str) -> str:
-    """Run a script of docs/examples as a reader would and return what it printed."""
+def _run_example(name: str, *arguments: str, folder: Path | None = None) -> str:
+    """Run a script of docs/examples as a reader would, in a folder; return what it printed."""
     done = subprocess.run(
         [sys.executable, str(EXAMPLES / name), *arguments],
         capture_output=True,
         text=True,
         check=False,
+        cwd=folder,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
     assert done.returncode == 0, done.stderr[-3000:]
@@ -132,6 +133,28 @@ def test_the_ablation_example_loses_paris(demo_url: str) -> None:
     assert re.search(r"nothing +\[' Paris'", said)
     assert re.search(r"its attention +\[(?!' Paris')", said)
     assert re.search(r"its MLP +\[(?!' Paris')", said)
+
+
+def test_the_patching_grid_finds_where_the_name_travels(demo_url: str, tmp_path: Path) -> None:
+    said = _run_example("patching_grid.py", demo_url, folder=tmp_path)
+
+    rows = re.findall(r"layer +(\d+): +(\d+)% at '(.+)' \(token (\d+)\)", said)
+    assert len(rows) == 10
+    at = {int(layer): int(token) for layer, _, _, token in rows}
+    assert at[2] == at[11] == 9, "early, it lies at the second mention of a name"
+    assert at[26] == at[29] == 13, "late, at the last token"
+    assert re.search(r"140 patched runs in one forward, (4[0-9]|50)% of", said)
+    assert (tmp_path / "patching_grid.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_steering_turns_what_the_model_writes(demo_url: str) -> None:
+    said = _run_example("steered_generation.py", demo_url)
+
+    texts = dict(re.findall(r"^ +([+-]\d)  ['\"](.+)['\"]$", said, flags=re.MULTILINE))
+    assert list(texts) == ["-6", "-3", "+0", "+3", "+6"]
+    assert re.search(r"bad|terrible|awful", texts["-6"] + texts["-3"])
+    assert re.search(r"amazing|great|delicious", texts["+3"] + texts["+6"])
+    assert "5 generations began in 1 forward(s)" in said
 
 
 def _patched_with_plain_hooks(folder: Path) -> list[float]:
