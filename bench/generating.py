@@ -23,7 +23,10 @@ class BareGenerator:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         self._torch = torch
-        self._model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+        self._model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        self._model.eval()  # type: ignore[no-untyped-call]
+        # Nothing ends a sequence early, as with eos=False on the server's side.
+        self._model.generation_config.eos_token_id = None
         self._tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
 
     def one_after_another(self, prompts: list[str], steps: int) -> float:
@@ -52,7 +55,6 @@ class BareGenerator:
             return self._model.generate(
                 **encoded,
                 max_new_tokens=steps,
-                min_new_tokens=steps,
                 do_sample=False,
                 pad_token_id=0,
             )

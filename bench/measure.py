@@ -61,7 +61,7 @@ def alternate(
     """
     results: dict[str, list[_T]] = {name: [] for name in subjects}
     for number in range(-warmups, rounds):
-        names = list(subjects) if number % 2 == 0 else list(reversed(subjects))
+        names = list(subjects) if number % 2 == 0 else list(subjects)[::-1]
         for name in names:
             result = subjects[name](number)
             if number >= 0:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +47,7 @@ class RaggedModel:
         # What an engine knows of its layers it has learned when it was made.
         self._rigid = Engine(rigid._model, rigid.blueprint, 0, None, None, rigid.cache)
         self._tokenizer = Tokenizer.load(Path(folder))
+        self._saved: list[Any] = []
 
     def num_layers(self) -> int:
         """Return how many decoder layers there are."""
@@ -102,6 +104,25 @@ class RaggedModel:
         ]
         return self._seconds(groups, ragged=True)
 
+    def apart(self, requests: list[Request]) -> float:
+        """Return how far values saved both ways differ at most, relative to their size."""
+        one, count = requests[0], len(requests)
+        sides: list[list[Callable[[], float]]] = [
+            [lambda how=how: self.load_test(requests, how) for how in ("leaving", "whole")],  # type: ignore[misc]
+            [lambda on=on: self.patching(one, ragged=on) for on in (True, False)],  # type: ignore[misc]
+            [lambda on=on: self.ablating(one, shared=on) for on in (True, False)],  # type: ignore[misc]
+            [lambda on=on: self.steering(one, count, shared=on) for on in (True, False)],  # type: ignore[misc]
+        ]
+        largest = 0.0
+        for runs in sides:
+            values = []
+            for run in runs:
+                run()
+                values.append(self._saved)
+            for left, right in zip(*values, strict=True):
+                largest = max(largest, float((left - right).norm() / right.norm()))
+        return largest
+
     def _pair(self, request: Request) -> tuple[list[int], list[int]]:
         """Return a prompt of some length, and the same with another token in one place."""
         ids = (self._tokenizer.encode(request.prompt) * SWEEP_TOKENS)[:SWEEP_TOKENS]
@@ -111,15 +132,20 @@ class RaggedModel:
 
     def _seconds(self, groups: Sequence[Group], *, ragged: bool) -> float:
         from ndif_actor.messages import RunPass
+        from ndif_client.wire.tensors import import_array
 
         engine = self._ragged if ragged else self._rigid
         message = RunPass(sequence=1, layout="packed", groups=list(groups))
+        # A full collection takes as long as a forward, and would fall into one of them.
+        gc.collect()
         began = time.perf_counter()
-        results, _ = engine.run_pass(message, [], _memory)
+        results, out = engine.run_pass(message, [], _memory)
         elapsed = time.perf_counter() - began
         faults = [result.fault for result in results if result.fault is not None]
         if faults:
             raise RuntimeError(f"a request failed: {faults[0].message}")
+        tensors = [item.tensor for result in results for item in result.tensors]
+        self._saved = [import_array(each, out[each.buffer], "torch").float() for each in tensors]
         return elapsed
 
 
@@ -149,8 +175,8 @@ def _steer(strength: float) -> Graph:
     from ndif_client.wire.graph import Apply, Graph, HookPoint, ReadHook, Ref, WriteHook
 
     point = HookPoint(f"model.layers.{_STEERED}", "output")
-    steered = [ReadHook(point), Apply("add", [Ref(0), strength]), WriteHook(point, Ref(1))]
-    return Graph([*steered, *_last_logits(3, 0)])
+    nodes: list[Node] = [ReadHook(point), Apply("add", [Ref(0), strength])]
+    return Graph([*nodes, WriteHook(point, Ref(1)), *_last_logits(3, 0)])
 
 
 def _ablate(layer: int) -> Graph:

@@ -25,7 +25,8 @@ class BareModel:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         self._torch = torch
-        self._model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+        self._model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        self._model.eval()  # type: ignore[no-untyped-call]
         self._tokenizer = AutoTokenizer.from_pretrained(folder)
 
     def num_layers(self) -> int:

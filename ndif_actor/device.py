@@ -6,6 +6,7 @@ environment that it and its libraries read has been set. Nothing here knows a so
 
 from __future__ import annotations
 
+import gc
 import os
 import time
 from collections.abc import Callable, Mapping, MutableMapping
@@ -87,6 +88,10 @@ class Device:
             shards_here=self._place.local_world_size,
         )
         cache = self._engine.cache
+        # Else each full collection would walk all of transformers in the midst of a forward, which
+        # takes longer than the forward.
+        gc.collect()
+        gc.freeze()
         if kind == "cuda":
             _log.info("device", name=torch.cuda.get_device_name(device))
         return Loaded(

@@ -83,7 +83,7 @@ def _together(
     layers = bare.call("num_layers")
 
     def reference(number: int) -> float:
-        return sum(bare.call("one_after_another", draw(number, users, layers), False))
+        return float(sum(bare.call("one_after_another", draw(number, users, layers), False)))
 
     def shared(number: int, logits: bool) -> Round:
         asked: Round = researchers.call("ask", draw(number, users, layers), logits)
@@ -99,7 +99,8 @@ def _together(
         warmups=2,
     )
     bare_s: list[float] = [s for s in seen["reference"] if isinstance(s, float)]
-    figures, observations = [], {"reference_s": bare_s}
+    figures: list[Figure] = []
+    observations: dict[str, object] = {"reference_s": bare_s}
     for what in ("layer", "layer and logits"):
         asked = [each for each in seen[what] if isinstance(each, Round)]
         gain = spread(ratios(bare_s, [each.seconds for each in asked]))

@@ -8,8 +8,8 @@ import time
 from itertools import pairwise
 from typing import Any
 
-#: Tokens that the others have before a new user comes, and between two of them.
-_SETTLED, _PAUSE = 8, 6
+#: Tokens that each of the others makes undisturbed before a new user comes.
+_SETTLED = 8
 
 
 class Writers:
@@ -54,35 +54,44 @@ class Writers:
 
     async def _write(self, prompts: list[str], steps: int) -> float:
         began = time.perf_counter()
-        await asyncio.gather(
+        results = await asyncio.gather(
             *(
                 session.generate(prompt, max_new_tokens=steps, eos=False)
                 for session, prompt in zip(self._sessions, prompts, strict=False)
             )
         )
-        return time.perf_counter() - began
+        seconds = time.perf_counter() - began
+        if any(len(result.new_ids) != steps for result in results):
+            raise RuntimeError(f"not everybody got {steps} tokens")
+        return seconds
 
     async def _first_tokens(self, prompts: list[str], newcomers: int) -> list[float]:
         *others, own = prompts
-        many = _SETTLED + 2 * _PAUSE * (newcomers + 2)
+        many = 2 * _SETTLED * (newcomers + 2)
         pairs = zip(self._sessions, others, strict=False)
         decoding = [s.generate(p, max_new_tokens=many, eos=False) for s, p in pairs]
-        stamps = _Stamps()
-        following = [asyncio.create_task(stamps.follow(decoding[0]))]
-        following += [asyncio.create_task(_finished(each)) for each in decoding[1:]]
+        stamps = [_Stamps() for _ in decoding]
+        following = [
+            asyncio.create_task(each.follow(generation))
+            for each, generation in zip(stamps, decoding, strict=True)
+        ]
         waits = []
-        for number in range(newcomers):
-            recent = await stamps.latest(_SETTLED, after=_SETTLED + number * _PAUSE)
-            step = statistics.median(b - a for a, b in pairwise(recent))
-            # Not in step with the others' forwards, as a user would not be.
-            await asyncio.sleep(step * ((0.37 * number) % 1.0))
-            asked = time.perf_counter()
-            async for _ in self._sessions[-1].generate(own, max_new_tokens=1, eos=False):
-                waits.append((time.perf_counter() - asked) / step)
-                break
-        for each in decoding:
-            await each.cancel()
-        await asyncio.gather(*following, return_exceptions=True)
+        try:
+            for number in range(newcomers):
+                recent = await asyncio.gather(*(each.next(_SETTLED) for each in stamps))
+                step = statistics.median(b - a for times in recent for a, b in pairwise(times))
+                # Not in step with the others' forwards, as a user would not be.
+                await asyncio.sleep(step * ((0.37 * number) % 1.0))
+                asked = time.perf_counter()
+                async for _ in self._sessions[-1].generate(own, max_new_tokens=1, eos=False):
+                    waits.append((time.perf_counter() - asked) / step)
+                    break
+                if any(each.ended for each in stamps):
+                    raise RuntimeError("somebody had stopped decoding when a new user came")
+        finally:
+            for generation in decoding:
+                await generation.cancel()
+            await asyncio.gather(*following, return_exceptions=True)
         return waits
 
 
@@ -102,20 +111,32 @@ async def _finished(generation: Any) -> Any:
 
 
 class _Stamps:
-    """When the tokens of one generation came."""
+    """When the tokens of one generation came.
+
+    Attributes:
+        ended: whether there will be no more.
+    """
 
     def __init__(self) -> None:
+        self.ended = False
         self._times: list[float] = []
-        self._came = asyncio.Event()
+        self._news = asyncio.Event()
 
     async def follow(self, generation: Any) -> None:
-        async for _ in generation:
-            self._times.append(time.perf_counter())
-            self._came.set()
+        try:
+            async for _ in generation:
+                self._times.append(time.perf_counter())
+                self._news.set()
+        finally:
+            self.ended = True
+            self._news.set()
 
-    async def latest(self, count: int, after: int) -> list[float]:
-        """Wait until there are `after` of them; return the last ones."""
-        while len(self._times) < after:
-            self._came.clear()
-            await self._came.wait()
+    async def next(self, count: int) -> list[float]:
+        """Wait for so many more tokens; return the times of the latest."""
+        wanted = len(self._times) + count
+        while len(self._times) < wanted:
+            if self.ended:
+                raise RuntimeError(f"a generation ended after {len(self._times)} tokens")
+            self._news.clear()
+            await self._news.wait()
         return self._times[-count:]

@@ -49,12 +49,13 @@ def _sharing(
     layers = bare.call("num_layers")
 
     def one_after_another(number: int, count: int, logits: bool) -> float:
-        return sum(bare.call("one_after_another", draw(number, count, layers), logits))
+        return float(sum(bare.call("one_after_another", draw(number, count, layers), logits)))
 
     def together(number: int, count: int, logits: bool) -> float:
         return float(engine.call("together", draw(number, count, layers), logits))
 
-    figures, observations = [], {}
+    figures: list[Figure] = []
+    observations: dict[str, list[float]] = {}
     for count in (users, 1):
         for logits in (False, True):
             name = f"{count} saving a layer" + (" and logits" if logits else "")
@@ -77,7 +78,8 @@ def _hook_points(
     engine: Worker, layers: int, users: int, rounds: int
 ) -> tuple[list[Figure], dict[str, list[float]]]:
     """Compare whole forwards whose requests read many hook points and hardly any."""
-    figures, observations = [], {}
+    figures: list[Figure] = []
+    observations: dict[str, list[float]] = {}
     for count in (1, users):
         requests = draw(0, count, layers)
         seen = alternate(

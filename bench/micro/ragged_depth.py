@@ -24,6 +24,9 @@ _TARGET_LEAVE, _TARGET_FORK = 1.7, 0.6
 #: Steering strengths in a sweep.
 _STRENGTHS = 30
 
+#: Largest relative distance between values saved with and without, for rounding.
+_TOLERANCE = 0.05
+
 
 def main(
     model: Annotated[str, typer.Argument(help="A local folder, a hub id, or `demo`.")] = "demo",
@@ -39,9 +42,17 @@ def main(
     settings = {"model": model, "dtype": dtype, "users": users, "tokens": LENGTHS}
     recorder = Recorder("ragged_depth", {**settings, "sweep_tokens": SWEEP_TOKENS})
     with Worker(RaggedModel, folder, dtype) as engine:
+        _check(engine, users)
         left, leaving = _leave(engine, users, rounds)
         forked, forking = _fork(engine, rounds)
     recorder.finish(left + forked, leaving | forking, out)
+
+
+def _check(engine: Worker, users: int) -> None:
+    """Make sure that rows which leave or are shared give the values of those that don't."""
+    apart = engine.call("apart", draw(0, users, engine.call("num_layers")))
+    if not apart <= _TOLERANCE:
+        raise SystemExit(f"values with and without differ by {apart:.1%}")
 
 
 def _leave(engine: Worker, users: int, rounds: int) -> tuple[list[Figure], dict[str, list[float]]]:
@@ -98,7 +109,8 @@ def _fork(engine: Worker, rounds: int) -> tuple[list[Figure], dict[str, list[flo
             "time of the forward / with rows of their own, the logits only where they are read",
         ),
     }
-    figures, observations = [], {}
+    figures: list[Figure] = []
+    observations: dict[str, list[float]] = {}
     for number, (name, (shared, separate, meaning)) in enumerate(sweeps.items()):
         seen = alternate({"shared": shared, "separate": separate}, rounds, warmups=2)
         share = spread(ratios(seen["shared"], seen["separate"]))

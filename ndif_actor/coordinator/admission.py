@@ -5,6 +5,7 @@ Everything runs in one dedicated thread, on meta tensors, so the event loop neve
 
 from __future__ import annotations
 
+import gc
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -108,6 +109,9 @@ class Admission:
         self._tokenizer = Tokenizer.load(folder)
         known = self._tokenizer.pad < self._blueprint.vocab_size
         self._pad = self._tokenizer.pad if known else 0
+        # What is here now stays: no collection need ever walk it again.
+        gc.collect()
+        gc.freeze()
 
     async def tree(self, device: str, unpackable: str | None) -> ModelTree:
         """Describe the model to clients, as its shards have found it."""
