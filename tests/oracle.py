@@ -20,14 +20,17 @@ from ndif_actor.engine import leaves, ops
 from ndif_client.wire.catalogue import CATALOGUE
 from ndif_client.wire.graph import (
     Apply,
+    Backward,
     CallModule,
     Constant,
     Graph,
     HookPoint,
     Node,
     Parameter,
+    ReadGradient,
     ReadHook,
     Save,
+    WriteGradient,
     WriteHook,
     references,
 )
@@ -66,9 +69,10 @@ class Oracle:
             What the graph saves.
         """
         run = _Run(self.model, invokes, graph, buffers)
-        with torch.no_grad():
+        with torch.set_grad_enabled(graph.differentiates):
             run.advance(None, None)
             run.forward()
+            run.differentiate()
         assert not run.pending, f"never ran: {run.pending}"
         return run.saved
 
@@ -128,6 +132,9 @@ class _Run:
             for number, node in enumerate(graph.nodes)
             if step in graph.steps_of(number)
         }
+        self.watched = {
+            node.of.node for node in graph.nodes if isinstance(node, ReadGradient | WriteGradient)
+        }
         self.values: dict[int, Any] = {}
         self.saved: Saved = {}
         self.lengths = [[len(prompt) for prompt in invoke] for invoke in invokes]
@@ -166,6 +173,8 @@ class _Run:
         for number, node in list(self.pending.items()):
             if any(used not in self.values for used in references(node)):
                 continue
+            if isinstance(node, Backward | ReadGradient | WriteGradient):
+                continue
             if isinstance(node, ReadHook | WriteHook):
                 if point is None or point != HookPoint(
                     node.hook.path, node.hook.port, "", node.hook.call
@@ -174,14 +183,62 @@ class _Run:
                 leaf = node.hook.leaf
                 if isinstance(node, ReadHook):
                     self.values[number] = self._read(leaves.get(structure, leaf), node.invoke)
+                    if number in self.watched:
+                        value = self._watch(number)
+                        changed = self._written(leaves.get(structure, leaf), node.invoke, value)
+                        structure = leaves.replace(structure, leaf, changed)
                 else:
                     value = ops.resolve(node.value, self.values.__getitem__)
                     changed = self._written(leaves.get(structure, leaf), node.invoke, value)
                     structure = leaves.replace(structure, leaf, changed)
             else:
                 self._compute(number, node)
+                if number in self.watched:
+                    self._watch(number)
             del self.pending[number]
         return structure
+
+    def differentiate(self) -> None:
+        """Run the backwards, one after another, each with hooks on the values it is for."""
+        for number, node in list(self.pending.items()):
+            if not isinstance(node, Backward):
+                continue
+            del self.pending[number]
+            handles = [
+                self.values[value].register_hook(self._gradient_hook(number, value))
+                for value in self.watched
+            ]
+            loss = self.values[node.loss.node]
+            first = None if node.gradient is None else self.values[node.gradient.node]
+            loss.backward(first, retain_graph=True)
+            for handle in handles:
+                handle.remove()
+
+    def _gradient_hook(self, backward: int, value: int) -> Any:
+        def hook(gradient: torch.Tensor) -> torch.Tensor:
+            for number, node in list(self.pending.items()):
+                if not isinstance(node, ReadGradient | WriteGradient):
+                    continue
+                if (node.backward, node.of.node) != (backward, value):
+                    continue
+                if isinstance(node, ReadGradient):
+                    self.values[number] = gradient
+                else:
+                    self.advance(None, None)
+                    changed = ops.resolve(node.value, self.values.__getitem__)
+                    gradient = torch.as_tensor(changed, dtype=gradient.dtype).expand_as(gradient)
+                del self.pending[number]
+            self.advance(None, None)
+            return gradient
+
+        return hook
+
+    def _watch(self, number: int) -> torch.Tensor:
+        value = self.values[number]
+        if not value.requires_grad:
+            value = value.detach().requires_grad_()
+        self.values[number] = value.clone()
+        return self.values[number]
 
     def _inputs(self) -> dict[str, torch.Tensor]:
         ids, mask, positions = [], [], []
@@ -230,7 +287,10 @@ class _Run:
             case Constant(tensor=spec):
                 self.values[number] = import_array(spec, self.buffers[spec.buffer], "torch")
             case Save(value=ref):
-                self.saved[number] = self.values[ref.node]
+                value = self.values[ref.node]
+                own = value if isinstance(value, tuple) else (value,)
+                detached = tuple(item.detach() for item in own)
+                self.saved[number] = detached if isinstance(value, tuple) else detached[0]
 
     def _resolved(self, args: Any, kwargs: Any) -> tuple[list[Any], dict[str, Any]]:
         values = self.values.__getitem__

@@ -16,6 +16,7 @@ from ndif_client.wire.graph import (
     PREFILL,
     Apply,
     Argument,
+    Backward,
     CallModule,
     Constant,
     Dots,
@@ -25,12 +26,14 @@ from ndif_client.wire.graph import (
     Node,
     Parameter,
     Port,
+    ReadGradient,
     ReadHook,
     Ref,
     Save,
     Slice,
     Source,
     Steps,
+    WriteGradient,
     WriteHook,
 )
 from ndif_client.wire.tensors import TensorSpec, export_array, import_array
@@ -133,6 +136,15 @@ class Recorder:
         self.buffers.append(bytes(raw))
         return self.add(Constant(TensorSpec(dtype, shape, len(self.buffers) - 1)))  # type: ignore[arg-type]
 
+    def backward(self, loss: Ref, gradient: Ref | None = None) -> Ref:
+        return self.add(Backward(loss, gradient))
+
+    def gradient(self, backward: Ref, of: Ref) -> Ref:
+        return self.add(ReadGradient(backward.node, of))
+
+    def write_gradient(self, backward: Ref, of: Ref, value: Argument) -> Ref:
+        return self.add(WriteGradient(backward.node, of, value))
+
     def save(self, value: Ref, name: str | None = None) -> Ref:
         return self.add(Save(value, name))
 
@@ -204,6 +216,18 @@ def read_all(points: Sequence[HookPoint], invokes: Invokes) -> Request:
     return Request(recorder, invokes)
 
 
+def differentiated(points: Sequence[HookPoint], ids: Sequence[int], loss_at: str) -> Request:
+    """A request that saves gradients, at these hook points, of a number made at another one."""
+    recorder = Recorder()
+    values = [recorder.read(hook) for hook in points]
+    output = recorder.read(loss_at)
+    loss = recorder.apply("sum", recorder.apply("sin", output))
+    backward = recorder.backward(loss)
+    for value in values:
+        recorder.save(recorder.gradient(backward, value))
+    return Request(recorder, [[ids]])
+
+
 def flipped(hook: HookPoint, ids: Sequence[int]) -> Request:
     """A request that turns the tokens at a hook point round, and saves the logits."""
     recorder = Recorder()
@@ -219,6 +243,18 @@ def touchable(engine: Engine) -> list[HookPoint]:
         site.point
         for site in engine.blueprint.table.sites.values()
         if site.dtype.is_floating_point and not re.search(r"\.[02]($|\.)", site.point.path)
+    ]
+
+
+def differentiable(engine: Engine) -> list[HookPoint]:
+    """The hook points of the second block and around the blocks that the logits depend on."""
+    return [
+        point
+        for point in touchable(engine)
+        # Rotary embeddings use the dtype alone of what enters them, and the logits of a router
+        # only tell which experts are chosen.
+        if not (point.path.endswith("rotary_emb") and point.port == "input")
+        and not (point.path.endswith("mlp.gate") and point.leaf == "0")
     ]
 
 

@@ -17,6 +17,7 @@ from ndif_client.decoding import DecodingOptions, as_decoding
 from ndif_client.errors import ClosedTraceError, graph_error
 from ndif_client.progress import OnProgress, Progress
 from ndif_client.prompts import Messages, Prompt
+from ndif_client.recorder import Recorder
 from ndif_client.steps import PREFILL_BLOCK, Block, block_at
 from ndif_client.streaming import Token, TokenLog, TokenStream
 from ndif_client.submission import Pending, Reply
@@ -85,6 +86,9 @@ class Generation(Trace):
             numerics=numerics,
             on_progress=on_progress,
         )
+
+    def _new_recorder(self) -> Recorder:
+        return Recorder(generates=True)
 
     @property
     def seed(self) -> int:

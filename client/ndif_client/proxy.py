@@ -19,6 +19,7 @@ from ndif_client.arguments import (
     recorder_of,
 )
 from ndif_client.errors import NoValueError, UnknownNameError, ValueUnknownError, graph_error
+from ndif_client.gradients import BackwardBlock, differentiate, read_gradient, write_gradient
 from ndif_client.method_types import MethodTypes
 from ndif_client.recorder import Recorder
 from ndif_client.values import VIEW_OPS, Delegate, Hooked, Origin, Value, View, change, node_of
@@ -51,8 +52,6 @@ _UNKNOWN = {
     "tolist": "its numbers; save it and use .value.tolist() after the trace",
     "numpy": "its numbers; save it and use .value.numpy() after the trace",
     "data": "its numbers; save it and use .value after the trace",
-    "backward": "its gradient; gradients are not offered by this version",
-    "grad": "its gradient; gradients are not offered by this version",
 }
 
 
@@ -113,6 +112,49 @@ class Proxy(Value, MethodTypes):
                 "`async with session.trace(...)`, or at `await trace` after a plain `with`"
             )
         return recorder.result.saved(self._saved)
+
+    # ------------------------------------------------------------ gradients
+
+    def backward(
+        self, gradient: Any = None, retain_graph: bool | None = None, create_graph: bool = False
+    ) -> BackwardBlock:
+        """Differentiate this value; after that, `.grad` of a value is its gradient.
+
+        Args:
+            gradient: what to begin with, of this value's shape; without it the value is one number.
+            retain_graph: means nothing here: a trace may have any number of backwards.
+            create_graph: gradients of gradients are not offered.
+
+        Returns:
+            A block: inside of `with loss.backward():`, `.grad` means the gradients of this
+            backward; outside, those of the last one that was recorded.
+
+        Raises:
+            GraphError: it can't be differentiated here.
+        """
+        if create_graph:
+            raise graph_error("backward(create_graph=True): gradients of gradients are not offered")
+        return differentiate(self, gradient)
+
+    @property
+    def grad(self) -> Proxy:
+        """The gradient of this value in the last backward, of its shape and dtype.
+
+        Assigning replaces it, and the gradients of what the value was made from follow from that.
+        """
+        number, origin = read_gradient(self)
+        return Proxy(self._recorder, number, origin)
+
+    @grad.setter
+    def grad(self, gradient: Any) -> None:
+        write_gradient(self, gradient)
+
+    def requires_grad_(self, requires_grad: bool = True) -> Proxy:
+        """Return the value itself: what has a gradient follows from whose `.grad` is used."""
+        return self
+
+    def retain_grad(self) -> None:
+        """Do nothing: the gradient of any value can be had."""
 
     # ------------------------------------------------------------ indexing
 

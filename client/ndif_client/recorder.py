@@ -16,24 +16,35 @@ import msgspec
 from ndif_client.errors import ClosedTraceError, LimitError, OrderError, graph_error
 from ndif_client.results import RESERVED_NAMES, Layout, Result, leaves, paths
 from ndif_client.sources import capture, source_at, user_frame
-from ndif_client.steps import BEFORE_FORWARD, PREFILL_BLOCK, Block, Moment, Moments, overlap
+from ndif_client.steps import (
+    AFTER_FORWARD,
+    BEFORE_FORWARD,
+    PREFILL_BLOCK,
+    Block,
+    Moment,
+    Moments,
+    overlap,
+)
 from ndif_client.wire.frames import FrameLimits
 from ndif_client.wire.graph import (
     MAX_NODES,
     MAX_STEP_BLOCKS,
     PREFILL,
     Argument,
+    Backward,
     Constant,
     Graph,
     HookPoint,
     Invoke,
     Node,
     Parameter,
+    ReadGradient,
     ReadHook,
     Ref,
     Save,
     Source,
     Steps,
+    WriteGradient,
     WriteHook,
     references,
 )
@@ -60,9 +71,11 @@ class Recorder:
         names: what the saved values are called; a name may stand for a list or dict of them.
         result: what came back, once it has.
         failure: why nothing will come back.
+        generates: whether it is about a generation.
+        backward: number of the node whose gradients `.grad` means now.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, generates: bool = False) -> None:
         self.invokes: list[Invoke] = []
         self.invoke: int | None = None
         self.block = PREFILL_BLOCK
@@ -71,6 +84,8 @@ class Recorder:
         self.result: Result | None = None
         self.failure: BaseException | None = None
         self.closed_at: Source | None = None
+        self.generates = generates
+        self.backward: int | None = None
         self._opened_block: Source | None = None
         self._nodes: list[Node] = []
         self._at: list[int] = []
@@ -83,6 +98,9 @@ class Recorder:
         self._parameters: dict[str, int] = {}
         self._saves: dict[int, int] = {}
         self._last_writes: dict[tuple[HookPoint, int], dict[Steps, int]] = {}
+        self._reads: dict[tuple[HookPoint, int, int | None], int] = {}
+        self._first_reads: dict[int, int] = {}
+        self._gradient_writes: dict[tuple[int, int], int] = {}
 
     # ------------------------------------------------------------ life
 
@@ -187,7 +205,11 @@ class Recorder:
 
     def read(self, hook: HookPoint, info: HookInfo) -> int:
         """Record a read for the current invoke and return the node's number."""
-        return self.add(ReadHook(hook, self.here(str(hook))), info.order)
+        invoke = self.here(str(hook))
+        number = self.add(ReadHook(hook, invoke), info.order)
+        seen = (hook, invoke, self.last_write(hook, invoke))
+        self._first_reads[number] = self._reads.setdefault(seen, number)
+        return number
 
     def write(self, hook: HookPoint, info: HookInfo, value: Argument, invoke: int) -> int:
         """Record a write of an encoded value and return the node's number.
@@ -225,6 +247,33 @@ class Recorder:
             return False
         write = self._nodes[number]
         return isinstance(write, WriteHook) and write.value == Ref(node)
+
+    # ------------------------------------------------------------ gradients
+
+    def differentiate(self, loss: int, gradient: int | None) -> int:
+        """Record a backward; `.grad` means its gradients from now on."""
+        start = None if gradient is None else Ref(gradient)
+        self.backward = self.add(Backward(Ref(loss), start), AFTER_FORWARD)
+        return self.backward
+
+    def read_gradient(self, of: int) -> int:
+        """Record a read of a value's gradient and return the node's number."""
+        assert self.backward is not None
+        return self.add(ReadGradient(self.backward, Ref(of)), AFTER_FORWARD)
+
+    def write_gradient(self, backward: int, of: int, value: Argument) -> int:
+        """Record a write of a value's gradient and return the node's number."""
+        number = self.add(WriteGradient(backward, Ref(of), value), AFTER_FORWARD)
+        self._gradient_writes[backward, of] = number
+        return number
+
+    def last_gradient_write(self, backward: int, of: int) -> int | None:
+        """Return the number of the last write of a value's gradient."""
+        return self._gradient_writes.get((backward, of))
+
+    def first_read(self, node: int) -> int:
+        """Return the first read of what a read has seen: its gradient is the hook point's own."""
+        return self._first_reads.get(node, node)
 
     @property
     def is_empty(self) -> bool:
@@ -353,10 +402,11 @@ class Recorder:
 
     def _refuse_late(self, hook: HookPoint, read: int) -> None:
         culprit = self._nodes[read]
-        assert isinstance(culprit, ReadHook)
+        needed = "a gradient, which is known only after the forward"
+        if isinstance(culprit, ReadHook):
+            needed = f"{culprit.hook}, which the model reaches only afterwards"
         raise graph_error(
-            f"{hook} is written with a value that needs {culprit.hook}, which the model reaches "
-            "only afterwards",
+            f"{hook} is written with a value that needs {needed}",
             OrderError,
             other=self.source_of(read),
             hook=str(hook),

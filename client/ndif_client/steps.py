@@ -18,6 +18,9 @@ Moment = tuple[int, int]
 #: The moment of what needs nothing from the forward.
 BEFORE_FORWARD: Moment = (-1, -1)
 
+#: The order of gradients: after every hook point's.
+AFTER_FORWARD = 1 << 40
+
 
 class Block(NamedTuple):
     """The steps that nodes are recorded for.

@@ -61,7 +61,7 @@ class Trace:
             raise graph_error(f"numerics={numerics!r:.80} can't be: it is 'fast' or 'solo'")
         self._session = session
         self._numerics: Numerics = numerics
-        self._recorder = Recorder()
+        self._recorder = self._new_recorder()
         self._on_progress = on_progress
         self._stack = ExitStack()
         self._id = uuid.uuid4().hex
@@ -74,6 +74,9 @@ class Trace:
             self._recorder.invokes.append(as_invoke(prompt, messages))
         if function is not None:
             self._record(function)
+
+    def _new_recorder(self) -> Recorder:
+        return Recorder()
 
     # ------------------------------------------------------------ what it is
 

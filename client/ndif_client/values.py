@@ -6,6 +6,7 @@ their own on to it; a change that reaches a hook point is written there.
 
     h = layer.output        Hooked     h[0] = 0   ->  setitem, then a write of the hook point
     g = h[0]                View of h  g[:] = 0   ->  setitem on g, setitem on h, then the write
+    d = h.grad              Gradient   d[0] = 0   ->  setitem, then a write of the gradient
     w = layer.weight        Owned      read-only
     s = h + 1               (neither)  s[0] = 0   ->  setitem
 """
@@ -47,6 +48,21 @@ class Hooked:
 
 
 @dataclass(slots=True)
+class Gradient:
+    """Whose gradient a value is: changes of it are written there.
+
+    Attributes:
+        backward: number of the node in the course of which it is known.
+        of: number of the node whose gradient it is.
+        last_write: the write that this value has seen, if there was one.
+    """
+
+    backward: int
+    of: int
+    last_write: int | None = None
+
+
+@dataclass(slots=True)
 class Owned:
     """The model's own parameter or buffer."""
 
@@ -68,7 +84,7 @@ class View:
     seen: int
 
 
-Origin = Hooked | Owned | View | None
+Origin = Hooked | Gradient | Owned | View | None
 
 
 class Value:
@@ -159,6 +175,9 @@ def change(value: Value, node: int) -> None:
         place = top._origin
         written = Ref(top._node)
         place.last_write = top._recorder.write(place.hook, place.info, written, place.invoke)
+    elif isinstance(top._origin, Gradient):
+        known = top._origin
+        known.last_write = top._recorder.write_gradient(known.backward, known.of, Ref(top._node))
 
 
 def _way_up(value: Value) -> list[tuple[Value, View, Apply | None]]:
@@ -175,7 +194,12 @@ def _way_up(value: Value) -> list[tuple[Value, View, Apply | None]]:
         _check_up_to_date(current, current._origin)
         for child, view, inverse in steps:
             if inverse is None:
-                _refuse_lost(child, view.apply.op, current._origin.hook)
+                _refuse_lost(child, view.apply.op, str(current._origin.hook))
+    elif isinstance(current._origin, Gradient):
+        _check_latest_gradient(current, current._origin)
+        for child, view, inverse in steps:
+            if inverse is None:
+                _refuse_lost(child, view.apply.op, "the gradient")
     return steps
 
 
@@ -192,11 +216,22 @@ def _check_up_to_date(value: Value, place: Hooked) -> None:
         )
 
 
-def _refuse_lost(child: Value, op: str, hook: HookPoint) -> None:
+def _check_latest_gradient(value: Value, gradient: Gradient) -> None:
+    """Refuse a change that would undo another one, made since this gradient was read."""
+    recorder = value._recorder
+    write = recorder.last_gradient_write(gradient.backward, gradient.of)
+    if write is not None and write != gradient.last_write:
+        raise graph_error(
+            "this gradient has been written since it was read, and changing what was read would "
+            "undo that; read .grad again and change what you get",
+            other=recorder.source_of(write),
+        )
+
+
+def _refuse_lost(child: Value, op: str, place: str) -> None:
     raise graph_error(
-        f"a change through .{op}(...) can't be followed back to {hook}; change it by indexing, or "
+        f"a change through .{op}(...) can't be followed back to {place}; change it by indexing, or "
         "change a .clone() and assign that",
-        hook=str(hook),
         other=child._recorder.source_of(child._node),
     )
 

@@ -19,7 +19,7 @@ from ndif_actor.coordinator import decodings
 from ndif_actor.coordinator.capacity import CacheSize
 from ndif_actor.coordinator.choice import ModelChoice
 from ndif_actor.coordinator.completions import GrowingCompletion
-from ndif_actor.coordinator.events import Ticket
+from ndif_actor.coordinator.events import Lane, Ticket
 from ndif_actor.coordinator.gathering import MAX_BUFFERS
 from ndif_actor.coordinator.screening import own_buffers, refused, screen
 from ndif_actor.errors import RequestError
@@ -241,10 +241,10 @@ class Admission:
             # What the shards have to know are ids: texts are looked for here.
             decoding=None if decoding is None else replace(decoding, stop=[]),
         )
-        alone = request.numerics == "solo"
+        lane = _lane(request)
         nbytes = price.value_bytes + price.saved_bytes
         if decoding is None:
-            ticket = Ticket(request.id, price.tokens, nbytes, num_saves, alone)
+            ticket = Ticket(request.id, price.tokens, nbytes, num_saves, lane)
             return Prepared(ticket, group, own, prompts), price
         ids = [prompt.ids for invoke in prompts for prompt in invoke]
         ticket = Ticket(
@@ -253,9 +253,9 @@ class Admission:
             # What is saved over all steps leaves the shards with each of them.
             nbytes=min(nbytes, 2 * price.value_bytes),
             tensors=num_saves,
-            alone=alone,
+            lane=lane,
             continuation=decodings.continuation(
-                graph, ids, decoding, sharing=sharing, alone=alone, pad=self._pad
+                graph, ids, decoding, sharing=sharing, alone=lane == "alone", pad=self._pad
             ),
         )
         completions = [self._completion(decoding) for _ in ids]
@@ -350,6 +350,12 @@ class Admission:
     def _detokenize(self, ids: list[int]) -> TokenizeReply:
         self._check_ids(ids, "the list")
         return TokenizeReply(ids, self._tokenizer.pieces(ids), self._tokenizer.decode(ids))
+
+
+def _lane(request: TraceRequest) -> Lane:
+    if request.numerics == "solo":
+        return "alone"
+    return "gradient" if request.graph.differentiates else "shared"
 
 
 _decoder = msgspec.msgpack.Decoder(Submission)

@@ -36,6 +36,10 @@ class Continuation(msgspec.Struct, frozen=True, kw_only=True):
     pad: int = 0
 
 
+#: Who shares a forward: those that need no gradient, those that do, and nobody.
+Lane = Literal["shared", "gradient", "alone"]
+
+
 class Ticket(msgspec.Struct, frozen=True):
     """An admitted request as the scheduler sees it: an id and what it costs.
 
@@ -43,7 +47,7 @@ class Ticket(msgspec.Struct, frozen=True):
         tokens: rows of the packed batch that it takes; of a generation, in its first forward.
         nbytes: memory that its values take at their peak, in any one forward.
         tensors: how many values it saves in a forward.
-        alone: it shares no forward with others.
+        lane: with whom it shares a forward; a generation is not in the gradient lane.
         continuation: of a generation; None for a trace.
     """
 
@@ -51,8 +55,13 @@ class Ticket(msgspec.Struct, frozen=True):
     tokens: int
     nbytes: int = 0
     tensors: int = 0
-    alone: bool = False
+    lane: Lane = "shared"
     continuation: Continuation | None = None
+
+    @property
+    def alone(self) -> bool:
+        """Whether it shares its forwards with nobody."""
+        return self.lane == "alone"
 
 
 class Budget(msgspec.Struct, frozen=True):

@@ -9,9 +9,9 @@ on in every forward; users take turns to join it, one request a turn, first in f
 user, up to the budget. A user whose next request does not fit keeps his place at the front, so
 nobody waits for more forwards than there are users before him: where generations leave no room
 for the first of them, the next forward is his before it is theirs, and where pages are short for
-a generation, none starts before it. Requests that want a forward to themselves take turns with the
-shared forwards. An idle replica lingers for a moment when others have arrived and are still being
-admitted; a user alone is never made to wait.
+a generation, none starts before it. Requests with gradients share forwards of their own, and some
+want a forward to themselves: these lanes take turns. An idle replica lingers for a moment when
+others have arrived and are still being admitted; a user alone is never made to wait.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from ndif_actor.coordinator.events import (
     Command,
     Drop,
     Event,
+    Lane,
     Linger,
     LingerOver,
     PassFinished,
@@ -89,8 +90,9 @@ class Scheduler:
         self._generations = Generations(max_swapped_tokens)
         #: the request whose turn it was when generations left no room for it
         self._owed: str | None = None
-        #: the last forwards of each kind, and the last one in which a request of its own began
-        self._last_shared = self._last_alone = self._last_alone_begun = 0
+        #: the last forward of each lane, and the last one in which a request alone began
+        self._last_of: dict[Lane, int] = {"shared": 0, "gradient": 0, "alone": 0}
+        self._last_alone_begun = 0
         self._sequence = 0
         self._in_pass = False
         self._lingers = False
@@ -248,18 +250,16 @@ class Scheduler:
         if not self._packed:
             self._begin_first(plan)
             return plan, False
-        for alone in sorted((False, True), key=(self._last_shared, self._last_alone).__getitem__):
-            if alone:
-                self._fill_alone(plan, sequence)
-            else:
+        for lane in sorted(self._last_of, key=self._last_of.__getitem__):
+            if lane == "shared":
                 self._fill_shared(plan, sequence)
-            if plan.empty:
-                continue
-            if alone:
-                self._last_alone = sequence
+            elif lane == "gradient":
+                self._join_by_turns(plan, sequence, None, lane)
             else:
-                self._last_shared = sequence
-            return plan, alone
+                self._fill_alone(plan, sequence)
+            if not plan.empty:
+                self._last_of[lane] = sequence
+                return plan, lane == "alone"
         return plan, False
 
     def _fill_shared(self, plan: PassPlan, sequence: int) -> None:
@@ -270,7 +270,7 @@ class Scheduler:
         self._generations.go_on(plan, self._generations.shared(), sequence)
         self._generations.bring_back(plan, sequence, shared=True)
         plan.free_aside()
-        self._join_by_turns(plan, sequence, owed)
+        self._join_by_turns(plan, sequence, owed, "shared")
         if plan.empty:
             self._generations.go_on(plan, self._generations.shared(), sequence)
 
@@ -278,8 +278,10 @@ class Scheduler:
         """Return how many rows are set aside at most for one whose turn has come."""
         return max(1, self._budget.tokens // 2) if first_tokens(ticket) == 1 else ticket.tokens
 
-    def _join_by_turns(self, plan: PassPlan, sequence: int, owed: Ticket | None) -> None:
-        """Take requests out of the queue in turns until no user's next one fits."""
+    def _join_by_turns(
+        self, plan: PassPlan, sequence: int, owed: Ticket | None, lane: Lane
+    ) -> None:
+        """Take requests of a lane out of the queue in turns until no user's next one fits."""
         turns = deque(self._turns.users)
         if owed is not None:
             user = self._known[owed.request].user
@@ -289,11 +291,11 @@ class Scheduler:
         while turns:
             user = turns.popleft()
             ticket = self._turns.first(user)
-            if ticket.alone:
+            if ticket.lane != lane:
                 pages_are_owed |= not self._has_pages(plan, ticket)
                 continue
             if not plan.has_room(ticket, first_tokens(ticket)):
-                if not served and self._owed is None:
+                if not served and self._owed is None and lane == "shared":
                     self._owed = ticket.request
                 continue
             if ticket.continuation is None:

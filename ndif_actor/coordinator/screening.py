@@ -15,6 +15,7 @@ from ndif_client.wire.graph import (
     Graph,
     Items,
     Save,
+    WriteGradient,
     WriteHook,
 )
 from ndif_client.wire.messages import PROTOCOL, Fault, Submission
@@ -58,7 +59,7 @@ def screen(graph: Graph) -> int:
         match node:
             case Apply(args=args, kwargs=kwargs) | CallModule(args=args, kwargs=kwargs):
                 arguments: tuple[Argument, ...] = (*args, *kwargs.values())
-            case WriteHook(value=value):
+            case WriteHook(value=value) | WriteGradient(value=value):
                 arguments = (value,)
             case Save():
                 num_saves += 1

@@ -21,9 +21,20 @@ from ndif_actor.engine.program import Program, compile_graph
 from ndif_actor.engine.shapes import Price
 from ndif_actor.errors import ModelError
 from ndif_actor.messages import Group
-from ndif_client.wire.graph import Constant, Graph
+from ndif_client.wire.graph import Backward, Constant, Graph
 from ndif_client.wire.messages import Explanation, ModelTree
 from ndif_client.wire.tensors import check_buffer
+
+
+def _refuse_backward(graph: Graph) -> None:
+    for number, node in enumerate(graph.nodes):
+        if isinstance(node, Backward):
+            raise graph_fault(
+                graph,
+                number,
+                "a generation has no gradients, because its steps share a KV cache; trace its "
+                "tokens as a prompt and differentiate there",
+            )
 
 
 class Blueprint:
@@ -113,9 +124,30 @@ class Blueprint:
                 except ValueError as error:
                     raise graph_fault(graph, number, str(error)) from None
         num_steps = max(1, max_new_tokens)
+        if max_new_tokens:
+            _refuse_backward(graph)
         program = self.compile(graph, len(lengths), num_steps)
         values = shapes.infer(program, self.model, lengths, num_steps)
-        return shapes.price(program, values, lengths, num_steps)
+        price = shapes.price(program, values, lengths, num_steps)
+        kept = price.tokens * self._bytes_for_backward(program)
+        return msgspec.structs.replace(price, value_bytes=price.value_bytes + kept)
+
+    def _bytes_for_backward(self, program: Program) -> int:
+        """Return about how many bytes a token keeps until the backward, if there is one.
+
+        What modules are given and return, between the first value whose gradient is asked for and
+        the last hook point; operations inside of them keep about as much again.
+        """
+        plan = program.at(0)
+        if not plan.backwards:
+            return 0
+        order_of = {number: order for order, nodes in plan.nodes.items() for number in nodes}
+        first = min((order_of[number] for number in plan.watched), default=plan.last)
+        return sum(
+            2 * site.token_bytes
+            for site in self.table.sites.values()
+            if first <= site.order <= plan.last and site.dtype.is_floating_point
+        )
 
     def explain(self, request: str, group: Group, price: Price) -> Explanation:
         """Say what a checked request would cost, and where its rows leave or fork."""

@@ -6,7 +6,16 @@ from collections.abc import Sequence
 
 from ndif_actor.engine.hookpoints import HookTable, Site
 from ndif_actor.errors import RequestError
-from ndif_client.wire.graph import CallModule, Graph, HookPoint, ReadHook, Save, WriteHook
+from ndif_client.wire.graph import (
+    Backward,
+    CallModule,
+    Graph,
+    HookPoint,
+    ReadHook,
+    Save,
+    WriteGradient,
+    WriteHook,
+)
 from ndif_client.wire.messages import Fault
 
 
@@ -31,7 +40,7 @@ def check_references(graph: Graph, uses: Sequence[Sequence[int]], num_invokes: i
     Raises:
         RequestError: one does not.
     """
-    writes = (WriteHook, Save)
+    writes = (WriteHook, Save, Backward, WriteGradient)
     for number, node in enumerate(graph.nodes):
         for used in uses[number]:
             if used >= number:
@@ -39,7 +48,7 @@ def check_references(graph: Graph, uses: Sequence[Sequence[int]], num_invokes: i
                     graph, number, f"node {number} refers to node {used}, a later one"
                 )
             if isinstance(graph.nodes[used], writes):
-                raise graph_fault(graph, number, f"node {used} is a write or save, not a value")
+                raise graph_fault(graph, number, f"node {used} is not a value")
         if isinstance(node, ReadHook | WriteHook) and node.invoke >= num_invokes:
             raise graph_fault(
                 graph, number, f"invoke {node.invoke} does not exist; there are {num_invokes}"

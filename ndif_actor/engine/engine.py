@@ -16,11 +16,13 @@ from ndif_actor.engine.blueprint import Blueprint
 from ndif_actor.engine.cache import PAGE_TOKENS, KVCache, make_cache
 from ndif_actor.engine.cpu import has_native_half
 from ndif_actor.engine.execution import Execution, Saved
+from ndif_actor.engine.gradients import differentiate
 from ndif_actor.engine.interleaver import END_OF_FORWARD, Interleaver
 from ndif_actor.engine.layout import Sharded, ShardGroup, learn_layouts
 from ndif_actor.engine.linear import widen_linears
 from ndif_actor.engine.members import Generation, Trace
 from ndif_actor.engine.moments import Recording, recording_moments
+from ndif_actor.engine.partials import partial_gradients
 from ndif_actor.engine.probe import depth_fault, packing_fault, padding_fault
 from ndif_actor.engine.program import BEFORE_FORWARD
 from ndif_actor.engine.sampling import choose_all
@@ -106,6 +108,7 @@ class Engine:
             raise ModelError(f"{type(model).__name__} is served with --tp 1 only: {unpackable}")
         unpaddable = None
         layouts: dict[HookPoint, Sharded] = {}
+        partial: frozenset[HookPoint] = frozenset()
         cache = None
         if unpackable is not None:
             unpaddable = padding_fault(model, blueprint.vocab_size, device)
@@ -123,8 +126,11 @@ class Engine:
                     adapter.shard_factors(model),
                     group,
                 )
+                partial = partial_gradients(
+                    model, blueprint.table.sites, layouts, group, blueprint.vocab_size, device
+                )
             cache = make_cache(seen.attended, model.dtype, device, cache_bytes, shards_here)
-        sharded = ShardedModel(model, group, layouts, device)
+        sharded = ShardedModel(model, group, layouts, partial, device)
         return cls(sharded, blueprint, rank, unpackable, unpaddable, cache)
 
     # ------------------------------------------------------------ passes
@@ -149,7 +155,8 @@ class Engine:
         """
         saves = SaveBuffers(allocate)
         results: list[GroupResult] = []
-        with torch.inference_mode():
+        differentiates = any(group.graph.differentiates for group in message.groups)
+        with torch.enable_grad() if differentiates else torch.inference_mode():
             if message.layout == "dense":
                 results = self._run_dense(message.groups, buffers, saves)
             else:
@@ -235,7 +242,9 @@ class Engine:
             member.execution.join(member.rows(batch.packing, first), self._saver(kept[-1]))
             if isinstance(member, Trace) or member.begins:
                 member.execution.begin()
-        logits = self._forward(batch, [m.execution for m in members], self._at_least(going_on))
+        executions = [member.execution for member in members]
+        logits = self._forward(batch, executions, self._at_least(going_on))
+        differentiate(executions, is_sharded=self._model.is_sharded)
         tokens = self._sample(members, firsts, batch.packing, logits)
         return [
             self._result(member, own, tokens.get(number))
@@ -341,6 +350,7 @@ class Engine:
             assert batch.attention_mask is not None
             with attending(None), interleaver.hooked():
                 adapter.run_padded(model, batch.input_ids, batch.position_ids, batch.attention_mask)
+        differentiate([trace.execution], is_sharded=False)
         return [self._result(trace, kept, None)]
 
 

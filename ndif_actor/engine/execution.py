@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from ndif_actor.engine import ops, shapes
+from ndif_actor.engine.backward import BackwardPlan
 from ndif_actor.engine.batch import Rows, padding_mask
 from ndif_actor.engine.hookpoints import MASK
 from ndif_actor.engine.program import BEFORE_FORWARD, Program
@@ -16,13 +17,16 @@ from ndif_actor.engine.sharded import ShardedModel
 from ndif_client.wire.catalogue import CATALOGUE
 from ndif_client.wire.graph import (
     Apply,
+    Backward,
     CallModule,
     Constant,
     Node,
     Parameter,
+    ReadGradient,
     ReadHook,
     Ref,
     Save,
+    WriteGradient,
     WriteHook,
 )
 from ndif_client.wire.messages import Fault
@@ -36,6 +40,14 @@ Saved = Callable[[Save, int, ops.Value], None]
 
 #: After these the device, not the request, is in trouble.
 _FATAL = (torch.OutOfMemoryError, torch.AcceleratorError)
+
+
+class Differentiated(NamedTuple):
+    """A backward's loss, the gradient it begins with, if not 1, and the values it is for."""
+
+    loss: torch.Tensor
+    gradient: torch.Tensor | None
+    watched: list[torch.Tensor]
 
 
 class Execution:
@@ -65,6 +77,8 @@ class Execution:
         self._infer = infer
         self._shapes: Mapping[int, Any] | None = None
         self._values: dict[int, Any] = {}
+        self._gradients: dict[tuple[int, int], torch.Tensor] = {}
+        self._differentiated: tuple[torch.Tensor, torch.Tensor | None]
         self._rows: Sequence[Rows] = ()
         self._save: Saved
 
@@ -102,6 +116,8 @@ class Execution:
                 continue
             try:
                 value = self._run(number, node, moment)
+                if number in self.plan.watched and not isinstance(node, ReadHook):
+                    value = _watched(value)
             except _FATAL:
                 raise
             except ops.REFUSALS as error:
@@ -117,9 +133,28 @@ class Execution:
     def _run(self, number: int, node: Node, moment: LiveMoment | None) -> Any:
         match node:
             case ReadHook():
-                return self._read(node, moment)
+                mine = self._read(node, moment)
+                if number in self.plan.watched:
+                    self._model.check_gradient(node.hook)
+                    # The model goes on with this very value, so that its gradient is the whole one.
+                    mine = _watched(mine)
+                    self._put(node, moment, mine)
+                return mine
             case WriteHook():
-                self._write(node, moment)
+                value = ops.resolve(node.value, self._values.__getitem__)
+                self._put(node, moment, torch.as_tensor(value, device=self._model.device))
+                return None
+            case ReadGradient(backward=backward, of=of):
+                return self._gradients[backward, of.node]
+            case WriteGradient(backward=backward, of=of, value=given):
+                key = backward, of.node
+                value = ops.resolve(given, self._values.__getitem__)
+                changed = torch.as_tensor(value, device=self._model.device)
+                self._gradients[key] = torch.empty_like(self._gradients[key]).copy_(changed)
+                return None
+            case Backward(loss=loss, gradient=gradient):
+                begins_with = None if gradient is None else self._values[gradient.node]
+                self._differentiated = self._values[loss.node], begins_with
                 return None
             case Apply(op=name):
                 args, kwargs = shapes.arguments(node, self._values.__getitem__)
@@ -134,7 +169,7 @@ class Execution:
                 array = import_array(spec, check_buffer(spec, self._buffers), "torch")
                 return array.to(self._model.device)
             case Save(value=Ref(node=saved)):
-                self._save(node, number, self._values[saved])
+                self._save(node, number, _detached(self._values[saved]))
                 return None
 
     def _own(self, made: list[int]) -> None:
@@ -144,6 +179,7 @@ class Execution:
             # A parameter stays as it is; a constant lies in memory that this pass will give back.
             lasts = isinstance(node, Parameter)
             lasts |= isinstance(node, Constant) and number not in self.program.kept
+            lasts |= number in self.plan.watched
             if number in self.plan.outlives and not lasts:
                 self._values[number] = _copied(self._values[number])
 
@@ -156,15 +192,51 @@ class Execution:
         mine = self._model.whole(node.hook, rows.read(moment.tensor(node.hook.leaf), site))
         return mine.clone() if moment.is_written(node.hook.leaf) else mine
 
-    def _write(self, node: WriteHook, moment: LiveMoment | None) -> None:
+    def _put(
+        self, node: ReadHook | WriteHook, moment: LiveMoment | None, value: torch.Tensor
+    ) -> None:
+        """Let the model go on with a value in the rows of a hook point."""
         assert moment is not None
         site = self.program.sites[node.hook]
         rows = self._rows[node.invoke]
-        value = ops.resolve(node.value, self._values.__getitem__)
-        shape = site.shape_for(len(rows.lengths), max(rows.lengths))
-        whole = torch.as_tensor(value, device=self._model.device).expand(shape)
+        whole = value.expand(site.shape_for(len(rows.lengths), max(rows.lengths)))
         target = moment.writable(node.hook.leaf)
         rows.write(target, site, self._model.slice(node.hook, whole))
+
+    # ------------------------------------------------------------ backward
+
+    def begin_backward(self, backward: BackwardPlan) -> Differentiated:
+        """Run the nodes up to a backward, and return what it is about.
+
+        Raises:
+            KeyError: the program has failed.
+        """
+        self.run(backward.order, None)
+        watched = [self._values[number] for number, _ in backward.moments]
+        loss, gradient = self._differentiated
+        return Differentiated(loss, gradient, watched)
+
+    def take_gradient(
+        self, backward: int, of: int, order: int, gradient: torch.Tensor
+    ) -> torch.Tensor:
+        """Run the nodes that wait for the gradient of a value; return what it is after them."""
+        key = backward, of
+        self._gradients[key] = gradient.detach()
+        self.run(order, None)
+        return self._gradients.pop(key, gradient)
+
+    def fail(self, number: int, message: str, other: int | None = None) -> None:
+        """Fail for a reason found at a node; `other` is a second node that has to do with it."""
+        graph = self.program.graph
+        self.fault = Fault(
+            kind="execution",
+            message=message,
+            node=number,
+            source=graph.source_of(number),
+            other_source=None if other is None else graph.source_of(other),
+        )
+        self._values.clear()
+        self._gradients.clear()
 
     def _fail(self, number: int, node: Node, error: Exception) -> None:
         graph = self.program.graph
@@ -192,6 +264,21 @@ class Execution:
             args, kwargs = shapes.arguments(node, lambda n: _zeros(known[n], self._model.device))
             with self.pause_hooks():
                 self._model.call(node.path, args, kwargs)
+
+
+def _watched(value: torch.Tensor) -> torch.Tensor:
+    """Return a value that autograd knows, with an operation of its own behind it.
+
+    Backward passes through operations in the reverse of the order they were made in; a leaf would
+    get its gradient out of turn.
+    """
+    if not value.requires_grad:
+        value = value.detach().requires_grad_()
+    return value.clone()
+
+
+def _detached(value: Any) -> Any:
+    return tuple(map(_detached, value)) if isinstance(value, tuple) else value.detach()
 
 
 def _copied(value: Any) -> Any:

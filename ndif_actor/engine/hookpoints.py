@@ -7,6 +7,7 @@ and noting every tensor that enters or leaves a module. Nothing is assumed from 
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Callable
 
 import msgspec
@@ -48,6 +49,12 @@ class Site(msgspec.Struct, frozen=True, kw_only=True):
     batch_axis: int | None
     token_axis: int
     packed_shape: tuple[int | str, ...] | None
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token's share."""
+        sizes = (size for size in self.shape if isinstance(size, int))
+        return math.prod(sizes) * self.dtype.itemsize
 
     def shape_for(self, batch: int, sequence: int) -> tuple[int, ...]:
         """Return the shape one user sees for that many prompts of that many tokens."""

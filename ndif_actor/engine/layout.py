@@ -7,6 +7,7 @@ rows that a live program reads are gathered, over a communicator of their own.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import msgspec
 import torch
@@ -45,7 +46,16 @@ class ShardGroup:
         self._group = dist.new_group() if world_size > 1 else None
 
     def gather(self, local: torch.Tensor, layout: Sharded) -> torch.Tensor:
-        """Return the whole of a tensor of which `local` is this rank's slice."""
+        """Return the whole of a tensor of which `local` is this rank's slice.
+
+        Differentiable, for a loss that all ranks compute from the same whole values.
+        """
+        if torch.is_grad_enabled() and local.requires_grad:
+            whole: torch.Tensor = _Gather.apply(local, self, layout)
+            return whole
+        return self._gather(local, layout)
+
+    def _gather(self, local: torch.Tensor, layout: Sharded) -> torch.Tensor:
         axis = local.dim() + layout.axis
         largest = max(layout.sizes)
         mine = local.movedim(axis, 0).contiguous()
@@ -57,7 +67,13 @@ class ShardGroup:
         return _interleave(slices, layout.parts).movedim(0, axis)
 
     def slice(self, whole: torch.Tensor, layout: Sharded) -> torch.Tensor:
-        """Return this rank's slice of a whole tensor."""
+        """Return this rank's slice of a whole tensor; differentiable, as `gather` is."""
+        if torch.is_grad_enabled() and whole.requires_grad:
+            mine: torch.Tensor = _Slice.apply(whole, self, layout)
+            return mine
+        return self._slice(whole, layout)
+
+    def _slice(self, whole: torch.Tensor, layout: Sharded) -> torch.Tensor:
         axis = whole.dim() + layout.axis
         pieces = []
         for part in whole.chunk(layout.parts, axis):
@@ -80,6 +96,32 @@ class ShardGroup:
         gathered = torch.empty(self.world_size * len(sizes), dtype=torch.int64, device=device)
         _all_gather(gathered, mine, group=self._group)
         return [list(map(int, row)) for row in gathered.view(self.world_size, -1).tolist()]
+
+
+class _Gather(torch.autograd.Function):
+    """Each rank has the gradient of the whole; its own slice of that is its share."""
+
+    @staticmethod
+    def forward(ctx: Any, local: torch.Tensor, group: ShardGroup, layout: Sharded) -> torch.Tensor:
+        ctx.group, ctx.layout = group, layout
+        return group._gather(local, layout)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return ctx.group._slice(gradient, ctx.layout), None, None
+
+
+class _Slice(torch.autograd.Function):
+    """Each rank has the gradient of its slice; the whole one is all of them."""
+
+    @staticmethod
+    def forward(ctx: Any, whole: torch.Tensor, group: ShardGroup, layout: Sharded) -> torch.Tensor:
+        ctx.group, ctx.layout = group, layout
+        return group._slice(whole, layout).clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return ctx.group._gather(gradient, ctx.layout), None, None
 
 
 def learn_layouts(

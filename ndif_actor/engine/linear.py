@@ -8,6 +8,8 @@ of a vector reads the weight once, and widening it would cost more than it saves
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch.nn.functional import linear
 
@@ -41,15 +43,43 @@ class _Widened:
         weight, bias = self._module.weight, self._module.bias
         if input.numel() <= _FEW_ROWS * input.shape[-1]:
             return linear(input, weight, bias)
-        rows = max(1, _WIDENED_AT_ONCE // weight.shape[1])
-        wide = input.float()
-        if weight.shape[0] <= rows:
-            return _product(wide, weight, bias).to(input.dtype)
-        result = input.new_empty(*input.shape[:-1], weight.shape[0])
-        for start in range(0, weight.shape[0], rows):
+        if torch.is_grad_enabled() and input.requires_grad:
+            made: torch.Tensor = _Differentiable.apply(input, weight, bias)
+            return made
+        return _widened(input, weight, bias)
+
+
+class _Differentiable(torch.autograd.Function):
+    """The same, for autograd, which would keep every widened weight until the backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        ctx.weight = weight
+        return _widened(input, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        wide = gradient.float()
+        rows = max(1, _WIDENED_AT_ONCE // ctx.weight.shape[1])
+        total = wide.new_zeros(*wide.shape[:-1], ctx.weight.shape[1])
+        for start in range(0, ctx.weight.shape[0], rows):
             part = slice(start, start + rows)
-            result[..., part] = _product(wide, weight[part], None if bias is None else bias[part])
-        return result
+            total += wide[..., part] @ ctx.weight[part].float()
+        return total.to(gradient.dtype), None, None
+
+
+def _widened(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    rows = max(1, _WIDENED_AT_ONCE // weight.shape[1])
+    wide = input.float()
+    if weight.shape[0] <= rows:
+        return _product(wide, weight, bias).to(input.dtype)
+    result = input.new_empty(*input.shape[:-1], weight.shape[0])
+    for start in range(0, weight.shape[0], rows):
+        part = slice(start, start + rows)
+        result[..., part] = _product(wide, weight[part], None if bias is None else bias[part])
+    return result
 
 
 def _product(wide: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

@@ -7,10 +7,16 @@ step of a generation are there from the beginning of a step. Pure: no tensors.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import msgspec
 
+from ndif_actor.engine.backward import (
+    AFTER_FORWARD,
+    BackwardPlan,
+    plan_backwards,
+    watched_values,
+)
 from ndif_actor.engine.checks import check_references, check_steps, find_sites, graph_fault
 from ndif_actor.engine.depth import NEVER
 from ndif_actor.engine.hookpoints import HookTable, Site
@@ -21,15 +27,18 @@ from ndif_client.wire.graph import (
     PREFILL,
     Apply,
     Argument,
+    Backward,
     Dots,
     Graph,
     HookPoint,
     Items,
+    ReadGradient,
     ReadHook,
     Ref,
     Save,
     Slice,
     Steps,
+    WriteGradient,
     WriteHook,
     references,
 )
@@ -50,7 +59,8 @@ class Reach(msgspec.Struct, frozen=True):
 
     Attributes:
         last: the last region in which they are read or written; -1 at least.
-        first_write: the region of the first write; NEVER if there is none.
+        first_write: the region from which on they are no longer those of an equal prompt: of the
+            first write, or the first read whose gradient is asked for; NEVER if there is none.
         tail: indices into the token axis that are needed in the tail; None for all of it.
     """
 
@@ -65,10 +75,12 @@ class StepPlan(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         nodes: node numbers by the order of their moment, each list in program order.
         dies: for each node, the values of this step that it uses last.
-        last: order of the last moment it needs; BEFORE_FORWARD if it needs no forward at all.
+        last: order of the last moment of the forward it needs; BEFORE_FORWARD if it needs none.
         outlives: nodes whose value is used after the moment that makes it.
         reach: for each invoke.
         touched: the hook points it reads and writes.
+        watched: the values whose gradients are asked for.
+        backwards: what is differentiated after the forward, in that order.
     """
 
     nodes: dict[int, list[int]]
@@ -77,6 +89,8 @@ class StepPlan(msgspec.Struct, frozen=True, kw_only=True):
     outlives: frozenset[int]
     reach: list[Reach]
     touched: frozenset[HookPoint]
+    watched: frozenset[int] = frozenset()
+    backwards: tuple[BackwardPlan, ...] = ()
 
     def moments(self) -> set[Moment]:
         """The moments at which this program must be woken."""
@@ -98,7 +112,9 @@ class Program:
         self._uses = [references(node) for node in graph.nodes]
         check_references(graph, self._uses, num_invokes)
         self.sites = find_sites(graph, table)
+        self._watched = watched_values(graph)
         self.kept = check_steps(graph, self._uses)
+        self._stays = {*self.kept, *(v for values in self._watched.values() for v in values)}
         self._layers = table.layers
         self._in_block: dict[int, list[int]] = {}
         for number in range(len(graph.nodes)):
@@ -156,23 +172,44 @@ class Program:
 
     def _plan(self, active: tuple[int, ...]) -> StepPlan:
         numbers = sorted(number for block in active for number in self._in_block[block])
-        orders = self._orders(numbers)
+        orders, backwards = self._orders(numbers)
         nodes: dict[int, list[int]] = {}
         for number in numbers:
             nodes.setdefault(orders[number], []).append(number)
         dies, outlives = self._lifetimes(nodes, orders)
         hooked = [n for n in numbers if isinstance(self.graph.nodes[n], ReadHook | WriteHook)]
+        watched = frozenset(value for plan in backwards for value, _ in plan.moments)
         return StepPlan(
             nodes=nodes,
             dies=dies,
-            last=max(nodes, default=BEFORE_FORWARD),
+            last=max((order for order in nodes if order < AFTER_FORWARD), default=BEFORE_FORWARD),
             outlives=outlives,
-            reach=self._reach(hooked, numbers),
+            reach=self._reach(hooked, numbers, watched),
             touched=frozenset(self.graph.nodes[n].hook for n in hooked),  # type: ignore[union-attr]
+            watched=watched,
+            backwards=backwards,
         )
 
-    def _orders(self, numbers: Sequence[int]) -> dict[int, int]:
-        """Return for each node the order of the moment it runs at."""
+    def _orders(self, numbers: Sequence[int]) -> tuple[dict[int, int], tuple[BackwardPlan, ...]]:
+        """Return for each node the order of the moment it runs at, and the backwards."""
+        orders = self._order(numbers, {})
+        own = set(numbers)
+        watched = {node: values for node, values in self._watched.items() if node in own}
+        if not watched:
+            return orders, ()
+        # When gradients become known follows from when the values are: only now can the nodes
+        # that use them be put in order.
+        backwards = plan_backwards(self.graph, self._uses, orders, watched, self.sites)
+        begins = {plan.node: plan.order for plan in backwards}
+        gradients = {(p.node, value): order for p in backwards for value, order in p.moments}
+        return self._order(numbers, gradients, begins), backwards
+
+    def _order(
+        self,
+        numbers: Sequence[int],
+        gradients: Mapping[tuple[int, int], int],
+        begins: Mapping[int, int] | None = None,
+    ) -> dict[int, int]:
         nodes = self.graph.nodes
         orders: dict[int, int] = {}
         latest: dict[int, int | None] = {}
@@ -183,12 +220,22 @@ class Program:
             late = max(used, key=orders.__getitem__, default=None)
             order = orders[late] if late is not None else BEFORE_FORWARD
             culprit = latest[late] if late is not None else None
+            target: int | None = None
             if isinstance(node, ReadHook):
                 order, culprit = self.sites[node.hook].order, number
             elif isinstance(node, WriteHook):
                 target = self.sites[node.hook].order
+            elif isinstance(node, Backward):
+                target = None if begins is None else begins[number]
+                order, culprit = AFTER_FORWARD, number
+            elif isinstance(node, ReadGradient):
+                order = gradients.get((node.backward, node.of.node), AFTER_FORWARD)
+                culprit = number
+            elif isinstance(node, WriteGradient):
+                target = gradients.get((node.backward, node.of.node), max(order, AFTER_FORWARD))
+            if target is not None:
                 if order > target:
-                    _refuse_late(self.graph, number, node, culprit)
+                    raise _too_late(self.graph, number, culprit)
                 order = target
             orders[number] = order
             latest[number] = culprit
@@ -200,7 +247,7 @@ class Program:
         first_use: dict[int, int] = {}
         for number in reversed(numbers):
             node = self.graph.nodes[number]
-            movable = not isinstance(node, Save) and number not in self.kept
+            movable = not isinstance(node, Save) and number not in self._stays
             if orders[number] == BEFORE_FORWARD and movable:
                 orders[number] = first_use.get(number, BEFORE_FORWARD)
             for used in self._uses[number]:
@@ -227,7 +274,9 @@ class Program:
 
     # ------------------------------------------------------------ depth
 
-    def _reach(self, hooked: Sequence[int], numbers: Sequence[int]) -> list[Reach]:
+    def _reach(
+        self, hooked: Sequence[int], numbers: Sequence[int], watched: frozenset[int]
+    ) -> list[Reach]:
         last = [-1] * self.num_invokes
         first_write = [NEVER] * self.num_invokes
         tail: list[set[int | Slice] | None] = [set() for _ in range(self.num_invokes)]
@@ -240,7 +289,7 @@ class Program:
             site, invoke = self.sites[node.hook], node.invoke
             region = self._layers.region(site.order)
             last[invoke] = max(last[invoke], region)
-            if isinstance(node, WriteHook):
+            if isinstance(node, WriteHook) or number in watched:
                 first_write[invoke] = min(first_write[invoke], region)
             if region == self._layers.tail:
                 needed = self._needed(number, site, users.get(number, []))
@@ -301,16 +350,27 @@ def compile_graph(graph: Graph, table: HookTable, num_invokes: int, num_steps: i
     return program
 
 
-def _refuse_late(graph: Graph, number: int, node: WriteHook, culprit: int | None) -> None:
-    read = graph.nodes[culprit] if culprit is not None else None
-    where = str(read.hook) if isinstance(read, ReadHook) else "a later hook point"
-    raise graph_fault(
-        graph,
-        number,
-        f"{node.hook} is written with a value that needs {where}, which the model reaches only "
-        "afterwards",
-        culprit,
-    )
+def _too_late(graph: Graph, number: int, culprit: int | None) -> RequestError:
+    """Return the refusal of a write whose value is made after the moment it is for."""
+    node = graph.nodes[number]
+    made = graph.nodes[culprit] if culprit is not None else None
+    if isinstance(node, WriteGradient):
+        what = "a gradient is written with a value that needs"
+        when = "is known only afterwards: gradients come in the reverse order of the forward"
+    else:
+        assert isinstance(node, WriteHook)
+        what = f"{node.hook} is written with a value that needs"
+        when = "the model reaches only afterwards"
+    match made:
+        case ReadHook(hook=hook):
+            why = f"{hook}, which {when}"
+        case ReadGradient() | Backward():
+            why = "a gradient, which is known only after the forward"
+            if isinstance(node, WriteGradient):
+                why = f"the gradient of another value, which {when}"
+        case _:
+            why = f"a later hook point, which {when}"
+    return graph_fault(graph, number, f"{what} {why}", culprit)
 
 
 def _token_index(index: Argument, site: Site) -> int | Slice | None:

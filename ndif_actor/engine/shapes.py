@@ -20,13 +20,16 @@ from ndif_actor.engine.program import Program
 from ndif_client.wire.catalogue import ALIASES, CATALOGUE
 from ndif_client.wire.graph import (
     Apply,
+    Backward,
     CallModule,
     Constant,
     Node,
     Parameter,
+    ReadGradient,
     ReadHook,
     Save,
     Steps,
+    WriteGradient,
     WriteHook,
 )
 
@@ -40,7 +43,8 @@ class Price(msgspec.Struct, frozen=True, kw_only=True):
         tokens: rows it adds to a forward.
         saved_bytes: bytes of its result, over all steps.
         saved_tensors: how many tensors that is.
-        value_bytes: bytes of all values its nodes make, an upper bound of what it holds at once.
+        value_bytes: bytes of all values its nodes make, an upper bound of what it holds at once,
+            and of what is kept for its backwards.
         flops: floating-point operations of its own nodes, without the model's.
     """
 
@@ -175,6 +179,17 @@ def _infer(
             args, kwargs = arguments(node, values.__getitem__)
             ops.bind(op, args, kwargs)
             return ops.apply(op, args, kwargs, _META)
+        case Backward(loss=loss, gradient=gradient):
+            given = None if gradient is None else values[gradient.node]
+            _check_differentiable(values[loss.node], given)
+            return None
+        case ReadGradient(of=of):
+            _check_watched(values[of.node])
+            return torch.empty_like(values[of.node], device=_META)
+        case WriteGradient(of=of, value=value):
+            _check_watched(values[of.node])
+            _check_write(ops.resolve(value, values.__getitem__), values[of.node], "gradient")
+            return None
         case Save(value=value):
             if not isinstance(values[value.node], torch.Tensor | tuple):
                 raise TypeError("only tensors can be saved")
@@ -269,7 +284,27 @@ def _check_ids(module: torch.nn.Module, args: Sequence[Any]) -> None:
         raise TypeError("only embeddings take integers; convert the value with .to(...)")
 
 
-def _check_write(value: Any, target: torch.Tensor) -> None:
+def _check_differentiable(loss: Any, gradient: Any) -> None:
+    if not isinstance(loss, torch.Tensor) or not loss.is_floating_point():
+        raise TypeError(f"only a tensor of floats can be differentiated, not {_shown(loss)}")
+    if gradient is None:
+        if loss.numel() != 1:
+            raise ValueError(
+                f"{_shown(loss)} is not one number: take its sum or mean, or give the gradient to "
+                "begin with, backward(gradient=...)"
+            )
+    elif not isinstance(gradient, torch.Tensor) or gradient.shape != loss.shape:
+        raise ValueError(
+            f"the gradient {_shown(gradient)} to begin with has not the shape of {_shown(loss)}"
+        )
+
+
+def _check_watched(value: Any) -> None:
+    if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+        raise TypeError(f"only a tensor of floats has a gradient, not {_shown(value)}")
+
+
+def _check_write(value: Any, target: torch.Tensor, what: str = "hook point") -> None:
     if isinstance(value, bool | int | float):
         return
     if not isinstance(value, torch.Tensor):
@@ -282,7 +317,7 @@ def _check_write(value: Any, target: torch.Tensor) -> None:
     except RuntimeError:
         fits = False
     if not fits:
-        raise ValueError(f"a value of shape {shape} does not fit the hook point's {wanted}")
+        raise ValueError(f"a value of shape {shape} does not fit the {what}'s {wanted}")
 
 
 def _tensors(output: Any) -> Any:
@@ -308,6 +343,10 @@ def _describe(node: Node, values: Mapping[int, Any]) -> str:
             return f"write of {hook}"
         case Parameter(path=path):
             return path
+        case Backward():
+            return "backward"
+        case ReadGradient() | WriteGradient():
+            return "gradient"
         case _:
             return type(node).__name__
 

@@ -30,12 +30,14 @@ class ShardedModel:
         model: PreTrainedModel,
         group: ShardGroup,
         layouts: Mapping[HookPoint, Sharded],
+        partial: frozenset[HookPoint],
         device: torch.device,
     ) -> None:
         self.model = model
         self.device = device
         self._group = group
         self._layouts = layouts
+        self._partial = partial
 
     @property
     def is_sharded(self) -> bool:
@@ -47,6 +49,18 @@ class ShardedModel:
         if layout is None:
             return local
         return _together(lambda: self._group.gather(local, layout))
+
+    def check_gradient(self, point: HookPoint) -> None:
+        """Refuse a gradient that no rank has whole.
+
+        Raises:
+            ValueError: such is that of this hook point.
+        """
+        if point in self._partial:
+            raise ValueError(
+                "its gradient is not offered where the model lies in several shards, because each "
+                "has a part of it only"
+            )
 
     def slice(self, point: HookPoint, whole: torch.Tensor) -> torch.Tensor:
         """Return this rank's share of a full value."""

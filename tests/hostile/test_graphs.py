@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 from ndif_actor.errors import RequestError
 from ndif_client.wire.catalogue import CATALOGUE
 from ndif_client.wire.graph import (
+    PREFILL,
     Apply,
     Argument,
+    Backward,
     CallModule,
     Constant,
     Dots,
@@ -22,16 +24,18 @@ from ndif_client.wire.graph import (
     Items,
     Node,
     Parameter,
+    ReadGradient,
     ReadHook,
     Ref,
     Save,
     Slice,
+    WriteGradient,
     WriteHook,
 )
 from ndif_client.wire.messages import Fault
 from ndif_client.wire.tensors import TensorSpec
 from tests.conftest import LoadEngine, LoadOracle
-from tests.requests import EXACT, Recorder, Request, assert_equal, run, saved
+from tests.requests import EXACT, Recorder, Request, assert_equal, run, run_and_save, saved
 
 PROMPT = [1, 2, 3]
 LENGTHS = [[3]]
@@ -78,6 +82,7 @@ def applications(draw: st.DrawFn) -> Apply:
     return Apply(op, args, kwargs)
 
 
+refs = st.integers(0, 9).map(Ref)
 nodes: st.SearchStrategy[Node] = st.one_of(
     applications(),
     applications(),
@@ -86,6 +91,9 @@ nodes: st.SearchStrategy[Node] = st.one_of(
     st.builds(WriteHook, hooks, arguments),
     st.builds(CallModule, paths, st.lists(arguments, max_size=2)),
     st.integers(0, 9).map(lambda node: Save(Ref(node))),
+    st.builds(Backward, refs, st.none() | refs),
+    st.builds(ReadGradient, st.integers(0, 9), refs),
+    st.builds(WriteGradient, st.integers(0, 9), refs, arguments),
 )
 
 OPENING: list[Node] = [
@@ -96,6 +104,7 @@ OPENING: list[Node] = [
 ]
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # torch's advice on losses
 @settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
 @given(graph=st.lists(nodes, min_size=1, max_size=6))
 def test_any_graph_is_refused_or_runs_and_never_touches_its_neighbour(
@@ -121,6 +130,38 @@ def test_any_graph_is_refused_or_runs_and_never_touches_its_neighbour(
     results, buffers = run(engine, [request, Request(watcher, [[PROMPT]])])
     wanted = {1: load_oracle("llama").logits(PROMPT)}
     assert_equal(saved(results[1], buffers), wanted, EXACT)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # torch's advice on losses
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@given(graph=st.lists(nodes, max_size=4))
+def test_any_graph_with_gradients_is_refused_or_runs_beside_others(
+    graph: list[Node], load_engine: LoadEngine
+) -> None:
+    engine = load_engine("llama")
+    recorder = Recorder()
+    value = recorder.read("model.layers.0.output")
+    loss = recorder.apply("sum", recorder.apply("sin", recorder.read("output[logits]")))
+    backward = recorder.backward(loss)
+    recorder.save(recorder.gradient(backward, value))
+    (wanted,) = run_and_save(engine, [Request(recorder, [[PROMPT]])])
+    neighbour = Request(recorder, [[PROMPT]])
+    recorder = Recorder()
+    recorder.nodes = [*neighbour.recorder.nodes, *graph]
+    recorder.steps = [PREFILL] * len(recorder.nodes)
+    request = Request(recorder, [[PROMPT]])
+
+    try:
+        price = engine.blueprint.check(recorder.graph(), LENGTHS, [])
+    except RequestError as error:
+        assert error.fault.kind == "graph"
+        return
+    if price.value_bytes > 1 << 24:
+        return  # admission refuses it
+
+    results, buffers = run(engine, [neighbour, request, neighbour])
+    for mine in (results[0], results[2]):
+        assert_equal(saved(mine, buffers), wanted, EXACT)
 
 
 # ---------------------------------------------------------------- refused, in words

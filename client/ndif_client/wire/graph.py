@@ -150,7 +150,47 @@ class Save(msgspec.Struct, frozen=True, tag="save"):
     name: Text | None = None
 
 
-Node = ReadHook | WriteHook | Apply | CallModule | Parameter | Constant | Save
+class Backward(msgspec.Struct, frozen=True, tag="backward"):
+    """Differentiate a value, after the forward.
+
+    The gradients that later nodes read and write by this node's number are those of this value
+    alone, or of its product with `gradient`, which has its shape; without one it is a scalar.
+    """
+
+    loss: Ref
+    gradient: Ref | None = None
+
+
+class ReadGradient(msgspec.Struct, frozen=True, tag="read_gradient"):
+    """The gradient of a value, in the course of the `Backward` with that number."""
+
+    backward: Index
+    of: Ref
+
+
+class WriteGradient(msgspec.Struct, frozen=True, tag="write_gradient"):
+    """Replace the gradient of a value; the gradients of what it was made from follow from that.
+
+    The value is broadcast to the gradient's shape and cast to its dtype.
+    """
+
+    backward: Index
+    of: Ref
+    value: Argument
+
+
+Node = (
+    ReadHook
+    | WriteHook
+    | Apply
+    | CallModule
+    | Parameter
+    | Constant
+    | Save
+    | Backward
+    | ReadGradient
+    | WriteGradient
+)
 
 
 class Steps(msgspec.Struct, frozen=True):
@@ -220,6 +260,11 @@ class Graph(msgspec.Struct, frozen=True):
         """Return the generation steps at which `node` runs."""
         return self.steps[self.during[node]] if self.during else PREFILL
 
+    @property
+    def differentiates(self) -> bool:
+        """Whether any gradient is asked for."""
+        return any(isinstance(node, Backward) for node in self.nodes)
+
     def source_of(self, node: int) -> Source | None:
         """Return the user's line that made `node`, if the client recorded it."""
         if node >= len(self.at) or self.at[node] >= len(self.sources):
@@ -266,6 +311,14 @@ def references(node: Node) -> list[int]:
 
     match node:
         case WriteHook(value=value) | Save(value=value):
+            visit(value)
+        case Backward(loss=loss, gradient=gradient):
+            visit(loss)
+            visit(gradient)
+        case ReadGradient(of=of):
+            visit(of)
+        case WriteGradient(of=of, value=value):
+            visit(of)
             visit(value)
         case Apply(args=args, kwargs=kwargs) | CallModule(args=args, kwargs=kwargs):
             for value in (*args, *kwargs.values()):

@@ -23,6 +23,8 @@ from tests.requests import (
     Recorder,
     Request,
     assert_equal,
+    differentiable,
+    differentiated,
     flipped,
     read_all,
     run,
@@ -115,6 +117,28 @@ def module_calls(shard: Shard, family: str) -> None:
     ids = recorder.apply("argmax", recorder.read("output[logits]"), -1)
     recorder.save(recorder.call("model.embed_tokens", ids))
     shard.check(family, [Request(recorder, [[EIFFEL]])])
+
+
+def gradients(shard: Shard, family: str) -> None:
+    """Gradients at all hook points, alone and beside others, read and written."""
+    engine = shard.engine(family)
+    partial = engine._model._partial
+    # Only what each rank's own heads use, unless all ranks have all heads.
+    assert all("rotary" in point.path or "position_emb" in point.leaf for point in partial)
+    assert bool(partial) == (family != "phi3")
+    points = [point for point in differentiable(engine) if point not in partial]
+    requests = [differentiated([point], EIFFEL, "output[logits]") for point in points]
+    shard.check(family, requests, tolerance=1e-7)
+    recorder = Recorder()
+    inner = recorder.read("model.layers.0.self_attn.o_proj.input[args.0]")
+    outer = recorder.read("model.layers.1.self_attn.o_proj.input[args.0]")
+    loss = recorder.apply("sum", recorder.apply("cos", recorder.read("output[logits]")))
+    backward = recorder.backward(loss)
+    recorder.write_gradient(
+        backward, outer, recorder.apply("mul", recorder.gradient(backward, outer), 0.5)
+    )
+    recorder.save(recorder.gradient(backward, inner))
+    shard.check(family, [Request(recorder, [[EIFFEL], [SHORT]])], tolerance=1e-7)
 
 
 def _is_callable(path: str) -> bool:
@@ -266,6 +290,7 @@ CASES: dict[str, Callable[[Shard, str], Any]] = {
         parameters,
         module_calls,
         failures,
+        gradients,
         generations,
         slices,
         half_precision,

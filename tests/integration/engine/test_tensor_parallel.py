@@ -23,6 +23,7 @@ TWO = [
     "layouts:phi3",
     *(f"{case}:{family}" for family in ("llama", "qwen3", "gemma", "phi3") for case in COMMON),
     *(f"{case}:qwen3_moe" for case in COMMON[:3]),
+    *(f"gradients:{family}" for family in ("llama", "qwen3", "gemma", "phi3", "qwen3_moe")),
     "failures:llama",
     *(f"generations:{family}" for family in ("llama", "gemma3", "phi3")),
     "half_precision:llama",
@@ -31,6 +32,7 @@ THREE = [
     "layouts:qwen3_6",
     *(f"{case}:{family}" for family in ("llama6", "qwen3_6") for case in COMMON),
     "failures:llama6",
+    *(f"gradients:{family}" for family in ("llama6", "qwen3_6")),
     "generations:qwen3_6",
     "slices:llama6",
 ]

@@ -255,7 +255,6 @@ UNANSWERABLE: list[tuple[Callable[[Any], Any], str]] = [
     (lambda h: h.numpy(), r"\.value\.numpy\(\)"),
     (lambda h: h.dtype, "session.tree.dtype"),
     (lambda h: h.device, "as they are"),
-    (lambda h: h.backward(), "gradients"),
 ]
 
 

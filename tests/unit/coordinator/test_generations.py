@@ -21,6 +21,7 @@ from ndif_actor.coordinator.events import (
     Continuation,
     Drop,
     Grown,
+    Lane,
     PassFinished,
     QueueLimits,
     ReplicaLost,
@@ -60,7 +61,8 @@ def generation(
         lockstep=lockstep,
         pad=0,
     )
-    return Ticket(name, sum(map(len, prompts)), alone=alone, continuation=continuation)
+    lane: Lane = "alone" if alone else "shared"
+    return Ticket(name, sum(map(len, prompts)), lane=lane, continuation=continuation)
 
 
 def submit(scheduler: Scheduler, user: str, *tickets: Ticket) -> StartPass | None:
@@ -174,7 +176,7 @@ def test_who_waits_for_numbers_of_its_own_takes_turns_with_the_others() -> None:
     scheduler = ready()
     start = submit(scheduler, "ann", generation("shared", [1] * 3))
     submit(scheduler, "bob", generation("solo", [1] * 3, alone=True))
-    submit(scheduler, "cat", Ticket("trace", 3, alone=True))
+    submit(scheduler, "cat", Ticket("trace", 3, lane="alone"))
 
     seen = []
     for _ in range(6):
@@ -358,6 +360,7 @@ class Walk(RuleBasedStateMachine):
         self.start = start
         assert len(start.members) >= 1
         assert not start.alone or len(start.members) == 1
+        assert len({self.tickets[request].lane for request in start.members}) == 1
         for request in start.requests:
             ticket = self.tickets[request]
             assert ticket.alone == start.alone
@@ -416,7 +419,9 @@ class Walk(RuleBasedStateMachine):
             kind = data.draw(st.sampled_from(["trace", "one", "several"]))
             length = st.integers(1, 14)
             if kind == "trace":
-                ticket = Ticket(name, data.draw(length), alone=alone)
+                lanes: list[Lane] = ["alone"] if alone else ["shared", "gradient"]
+                lane = data.draw(st.sampled_from(lanes))
+                ticket = Ticket(name, data.draw(length), lane=lane)
             else:
                 prompts = [
                     [1] * data.draw(length if kind == "one" else st.integers(1, 5))

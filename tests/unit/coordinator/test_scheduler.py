@@ -89,6 +89,17 @@ def test_a_forward_stays_within_its_budgets() -> None:
         assert started(submit(scheduler, "ann", *pair)) == [("a",)]
 
 
+def test_requests_with_gradients_share_forwards_of_their_own() -> None:
+    scheduler = ready()
+    submit(scheduler, "ann", Ticket("running", 7))
+    submit(scheduler, "ann", Ticket("a", 7, lane="gradient"), Ticket("b", 7))
+    submit(scheduler, "bob", Ticket("c", 7, lane="gradient"))
+    submit(scheduler, "cat", Ticket("d", 7))
+
+    assert started(scheduler.handle(PassFinished(1))) == [("a", "c")]
+    assert [set(names) for names in started(scheduler.handle(PassFinished(2)))] == [{"b", "d"}]
+
+
 def test_a_request_larger_than_the_budget_runs_alone() -> None:
     scheduler = ready(10)
     first = submit(scheduler, "ann", Ticket("small", 2))

@@ -66,3 +66,19 @@ def test_a_widened_linear_still_wakes_its_hooks() -> None:
     output = linear(torch.ones(1, 4, dtype=torch.bfloat16))
 
     assert seen == [output]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_widened_linear_has_torchs_gradient(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(64, 32, dtype=dtype).requires_grad_(False)
+    values = torch.randn(2, 5, 64, dtype=dtype)
+    exact = values.double().requires_grad_()
+    deepcopy(linear).double()(exact).sin().sum().backward()
+    widen_linears(linear)
+
+    own = values.clone().requires_grad_()
+    linear(own).sin().sum().backward()
+
+    assert own.grad is not None and own.grad.dtype == dtype
+    torch.testing.assert_close(own.grad.double(), exact.grad, rtol=0.05, atol=0.05)

@@ -262,7 +262,7 @@ def test_a_reference_to_a_later_node_is_refused() -> None:
 def test_a_reference_to_a_write_or_save_is_refused() -> None:
     nodes: list[Node] = [ReadHook(at(0)), Save(Ref(0)), Apply("neg", [Ref(1)])]
 
-    assert "node 1 is a write or save, not a value" in refused(nodes).message
+    assert "node 1 is not a value" in refused(nodes).message
 
 
 def test_an_invoke_that_does_not_exist_is_refused() -> None:
