@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import AttentionInterface, AutoModelForCausalLM, DynamicCache
+from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
 from ndif_actor.engine import leaves, ops
 from ndif_client.wire.catalogue import CATALOGUE
 from ndif_client.wire.graph import (
     Apply,
+    AttentionPort,
     Backward,
     CallModule,
     Constant,
@@ -52,7 +54,9 @@ class Oracle:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
         if dtype == torch.float64 and model.get_experts_implementation()[""] is not None:
             model.set_experts_implementation("eager")  # the default has no kernel in this dtype
-        if not model._supports_sdpa:
+        if model._supports_attention_backend and model._supports_sdpa:
+            model.set_attn_implementation("written_out")
+        elif not model._supports_sdpa:
             model.set_attn_implementation("eager")
         self.model = model.eval()
 
@@ -109,6 +113,44 @@ class Oracle:
         return saved, made
 
 
+def _attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    **options: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention written out, of which the running request can see and replace each step."""
+    run = _running[-1] if _running else None
+
+    def step(port: AttentionPort, tensor: torch.Tensor) -> torch.Tensor:
+        if run is None:
+            return tensor
+        seen: torch.Tensor = run.advance(HookPoint(run.paths[module], port), tensor)
+        return seen
+
+    query, key, value = step("query", query), step("key", key), step("value", value)
+    groups = query.shape[1] // key.shape[1]
+    scale = options.get("scaling") or query.shape[-1] ** -0.5
+    scores = query @ key.repeat_interleave(groups, 1).transpose(2, 3) * scale
+    if (cap := options.get("softcap")) is not None:
+        scores = cap * torch.tanh(scores / cap)
+    if mask is not None:
+        low = torch.finfo(scores.dtype).min
+        scores = scores.masked_fill(mask < 0, low)
+    pattern = step("pattern", step("scores", scores).softmax(-1))
+    result = step("result", pattern @ value.repeat_interleave(groups, 1))
+    return result.transpose(1, 2).contiguous(), None
+
+
+#: The forward that runs now, if one does.
+_running: list[_Run] = []
+
+AttentionInterface.register("written_out", _attention)
+AttentionMaskInterface.register("written_out", eager_mask)
+
+
 class _Run:
     """One forward, and the nodes that did not run yet.
 
@@ -144,6 +186,9 @@ class _Run:
         self.padding = [self.longest - len(prompt) for prompt in self.prompts]
         self.calls: Counter[tuple[str, str]] = Counter()
         self.calling = False
+        #: whether the tensor at hand has an axis of heads before the tokens, and tokens twice
+        self.heads = self.square = False
+        self.paths = {module: path for path, module in model.named_modules()}
 
     def continue_after(self, tokens: Sequence[int]) -> None:
         """Take one token of each sequence instead of its prompt, which is in the cache."""
@@ -159,10 +204,12 @@ class _Run:
                 module.register_forward_pre_hook(self._pre_hook(path), with_kwargs=True),
                 module.register_forward_hook(self._hook(path)),
             ]
+        _running.append(self)
         try:
             cached = {} if cache is None else {"past_key_values": cache}
             output = self.model(**self._inputs(), use_cache=cache is not None, **cached)
         finally:
+            _running.pop()
             for handle in handles:
                 handle.remove()
         logits: torch.Tensor = output.logits
@@ -170,6 +217,8 @@ class _Run:
 
     def advance(self, point: HookPoint | None, structure: Any) -> Any:
         """Run what can run while `structure` is at the hook point, and return what it becomes."""
+        self.heads = point is not None and point.port not in ("input", "output")
+        self.square = point is not None and point.port in ("scores", "pattern")
         for number, node in list(self.pending.items()):
             if any(used not in self.values for used in references(node)):
                 continue
@@ -303,6 +352,8 @@ class _Run:
 
     def _read(self, tensor: torch.Tensor, invoke: int) -> torch.Tensor:
         """Return an invoke's rows, its shorter prompts padded with zeros on the left."""
+        if self.square:
+            return self._read_square(tensor, invoke)
         split, axis, tokens = self._split(tensor)
         lengths = self.lengths[invoke]
         longest = max(lengths)
@@ -318,6 +369,8 @@ class _Run:
 
     def _written(self, tensor: torch.Tensor, invoke: int, value: Any) -> torch.Tensor:
         """Return a copy of `tensor` with an invoke's rows, its padding excepted, replaced."""
+        if self.square:
+            return self._written_square(tensor, invoke, value)
         split, axis, tokens = self._split(tensor.clone())
         mine = self._read(tensor, invoke)
         value = torch.as_tensor(value).expand(mine.shape)
@@ -331,9 +384,26 @@ class _Run:
             ).copy_(value.select(axis, i).narrow(tokens - 1, longest - length, length))
         return split.reshape(tensor.shape)
 
+    def _read_square(self, tensor: torch.Tensor, invoke: int) -> torch.Tensor:
+        lengths = self.lengths[invoke]
+        longest = max(lengths)
+        rows = tensor.new_zeros(len(lengths), tensor.shape[1], longest, longest)
+        for i, n in enumerate(lengths):
+            rows[i, :, longest - n :, longest - n :] = tensor[self._first(invoke) + i, :, -n:, -n:]
+        return rows
+
+    def _written_square(self, tensor: torch.Tensor, invoke: int, value: Any) -> torch.Tensor:
+        changed = tensor.clone()
+        whole = torch.as_tensor(value).expand(self._read_square(tensor, invoke).shape)
+        for i, n in enumerate(self.lengths[invoke]):
+            changed[self._first(invoke) + i, :, -n:, -n:] = whole[i, :, -n:, -n:]
+        return changed
+
     def _split(self, tensor: torch.Tensor) -> tuple[torch.Tensor, int, int]:
         """Return a tensor with axes for prompts and tokens, and which ones those are."""
         count, shape = len(self.prompts), list(tensor.shape)
+        if self.heads:
+            return tensor, 0, 2
         if shape[0] == count and self.longest in shape[1:]:
             return tensor, 0, 1 + shape[1:].index(self.longest)
         axis = shape.index(count * self.longest)

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import msgspec
 import pytest
 import torch
 
@@ -165,8 +166,7 @@ def point(hook: str | HookPoint, call: int = 0) -> HookPoint:
         return hook
     place, _, leaf = hook.removesuffix("]").partition("[")
     path, _, port = place.rpartition(".")
-    known: dict[str, Port] = {"input": "input", "output": "output"}
-    return HookPoint(path, known[port], leaf, call)
+    return HookPoint(path, msgspec.convert(port, Port), leaf, call)
 
 
 def argument(value: Any) -> Argument:

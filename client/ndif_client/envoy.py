@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from ndif_client.arguments import encode, recorder_of
+from ndif_client.attention import PORTS, heads_of
 from ndif_client.errors import UnknownNameError, graph_error
 from ndif_client.outputs import HookTuple, read_hook, write_hook
 from ndif_client.proxy import Proxy
@@ -28,7 +29,8 @@ class Envoy:
 
     Its children and parameters are attributes, as in torch; `output`, `input`, `inputs` and
     `outputs` are what enters and leaves it in a forward. A child with one of those names is
-    reached by `module["output"]`.
+    reached by `module["output"]`. An attention also shows its `query`, `key`, `value`, `scores`,
+    `pattern` and `result`, and its `heads`.
     """
 
     def __init__(self, info: ModuleInfo, path: str = "", call: int = 0) -> None:
@@ -66,6 +68,16 @@ class Envoy:
     def inputs(self) -> HookTuple:
         """All tensors the module is called with: `inputs.args[0]`, `inputs.kwargs["mask"]`."""
         return HookTuple(self._path, self._hooks("input"))
+
+    @property
+    def heads(self) -> Any:
+        """The heads of an attention: `attn.heads[3].pattern`, `attn.heads.query`; see `Heads`."""
+        if "heads" in self._children or "heads" in self._parameters:
+            return self._named("heads")
+        found = heads_of(self._path, self._info.hooks)
+        if found is None:
+            raise self._no_attribute("heads")
+        return found
 
     def at_call(self, call: int) -> Envoy:
         """Return the same module at its `call`-th call (from 0) within one forward."""
@@ -134,6 +146,10 @@ class Envoy:
             )
         return self._info.children
 
+    def _inside(self) -> list[str]:
+        """Return what can be seen inside of it, if it is an attention."""
+        return [hook.port for hook in self._info.hooks if hook.port in PORTS]
+
     def _child(self, info: ModuleInfo) -> Envoy:
         return Envoy(info, f"{self._path}.{info.name}" if self._path else info.name)
 
@@ -144,6 +160,8 @@ class Envoy:
             path = f"{self._path}.{name}" if self._path else name
             recorder = current_recorder(path)
             return Proxy(recorder, recorder.parameter(path), Owned(path))
+        if name in self._inside():
+            return getattr(self.heads, name)
         raise self._no_attribute(name)
 
     # ------------------------------------------------------------ the rest of Python
@@ -172,6 +190,8 @@ class Envoy:
                     f"{self._title()}.{name} belongs to the model, which others use too: it can't "
                     "be replaced; write its output instead"
                 )
+            elif name in self._inside():
+                setattr(self.heads, name, value)
             else:
                 raise self._no_attribute(name)
 
@@ -198,7 +218,8 @@ class Envoy:
 
     def __dir__(self) -> list[str]:
         children = [name for name in self._children if name.isidentifier()]
-        return [*_OWN_NAMES, *children, *self._parameters]
+        inside = ["heads", *self._inside()] if self._inside() else []
+        return [*_OWN_NAMES, *inside, *children, *self._parameters]
 
     def __repr__(self) -> str:
         return tree_text(self._info)
@@ -218,7 +239,7 @@ class Envoy:
         return listed + more
 
     def _no_attribute(self, name: str) -> Exception:
-        names = [*self._children, *self._parameters, *_OWN_NAMES]
+        names = [*self._children, *self._parameters, *_OWN_NAMES, *self._inside()]
         near = difflib.get_close_matches(name, names, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ";"
         return graph_error(

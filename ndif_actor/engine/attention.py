@@ -21,6 +21,17 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from ndif_actor.engine.internals import (
+    SQUARE,
+    Listener,
+    Squares,
+    attention_pattern,
+    attention_scores,
+    current_listener,
+    heard,
+    weighted_values,
+)
+
 if TYPE_CHECKING:
     from ndif_actor.engine.cache import KVCache
 
@@ -156,19 +167,66 @@ def ragged_attention(
     Returns:
         `[1, T, heads, head_dim]`, and None for the attention weights, which are never formed.
     """
-    record = _current.get()
+    record, listener = _current.get(), current_listener()
+    query = heard(listener, module, "query", query)
+    key = heard(listener, module, "key", key)
+    value = heard(listener, module, "value", value)
     if record is not None:
         shapes = ((t.shape[1], t.shape[3]) for t in (key, value))
         record.attended.append(Attended(module, *shapes))
     if record is None or record.layout is None:
-        return _padded(module, query, key, value, attention_mask, **options)
+        out = _padded(module, query, key, value, attention_mask, listener, **options)
+        return _told(listener, module, out), None
     packed = query.new_empty(1, query.shape[2], query.shape[1], value.shape[-1])
     _attend_fresh(module, record.layout, query, key, value, packed, **options)
     if record.cache is not None:
         if (kept := record.layout.kept) is not None:
             record.cache.write(module, key, value, kept.rows, kept.slots)
         _attend_cached(module, record.layout, record.cache, query, packed, **options)
-    return packed, None
+    if listener is not None and (blocks := listener.explicit(module)):
+        _attend_explicitly(module, blocks, listener, query, key, value, packed, **options)
+    return _told(listener, module, packed), None
+
+
+def _told(listener: Listener | None, module: torch.nn.Module, out: torch.Tensor) -> torch.Tensor:
+    """Return `[batch, length, heads, dim]` after the listener has seen it, heads before lengths."""
+    if listener is None or not listener.wants(module, "result"):
+        return out
+    told: torch.Tensor = listener.fire(module, "result", out.transpose(1, 2))
+    return told.transpose(1, 2).contiguous()
+
+
+def _attend_explicitly(
+    module: torch.nn.Module,
+    blocks: Sequence[tuple[int, int]],
+    listener: Listener,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    packed: torch.Tensor,
+    **options: Any,
+) -> None:
+    """Let sequences without a past attend again, with scores and patterns that are seen."""
+    causal, window = _is_causal(module, options), options.get("sliding_window")
+    rows = {start: slice(start, start + length) for start, length in blocks}
+    scores = {}
+    for start, length in blocks:
+        mask = None
+        if causal or window is not None:
+            mask = _window_mask(length, window or length, causal, query.device)
+        own = query[0, :, rows[start]], key[0, :, rows[start]]
+        scores[start] = attention_scores(*own, mask, options.get("scaling"), options.get("softcap"))
+    seen = heard(listener, module, "scores", Squares(scores))
+    pattern = seen.map(lambda _, block: attention_pattern(block))
+    pattern = heard(listener, module, "pattern", pattern)
+    for start, block in pattern.blocks.items():
+        mixed = weighted_values(block, value[0, :, rows[start]])
+        packed[0, rows[start]] = mixed.transpose(0, 1)
+
+
+def _is_causal(module: torch.nn.Module, options: dict[str, Any]) -> bool:
+    causal = options.get("is_causal")
+    return bool(getattr(module, "is_causal", True) if causal is None else causal)
 
 
 def _attend_fresh(
@@ -181,9 +239,7 @@ def _attend_fresh(
     **options: Any,
 ) -> None:
     """Let sequences without a past attend to themselves; `packed` is `[1, T, heads, dim]`."""
-    causal = options.get("is_causal")
-    if causal is None:
-        causal = getattr(module, "is_causal", True)
+    causal = _is_causal(module, options)
     for segment in layout.fresh:
         stop = segment.start + segment.count * segment.length
         attended = _attend(
@@ -262,18 +318,22 @@ def _padded(
     key: torch.Tensor,
     value: torch.Tensor,
     mask: torch.Tensor | None,
+    listener: Listener | None,
     **options: Any,
-) -> tuple[torch.Tensor, None]:
+) -> torch.Tensor:
     """Attend in an ordinary `[batch, heads, length, dim]` batch, as transformers would."""
-    if (softcap := options.get("softcap")) is None:
-        attended: tuple[torch.Tensor, None] = sdpa_attention_forward(
-            module, query, key, value, mask, **options
-        )
+    softcap = options.get("softcap")
+    seen = listener is not None and any(listener.wants(module, port) for port in SQUARE)  # type: ignore[arg-type]
+    if softcap is None and not seen:
+        attended, _ = sdpa_attention_forward(module, query, key, value, mask, **options)
         return attended
-    if mask is None:
-        mask = _window_mask(query.shape[2], query.shape[2], True, query.device)
-    out = _softcapped(query, key, value, mask, options.get("scaling"), softcap)
-    return out.transpose(1, 2).contiguous(), None
+    length = query.shape[2]
+    if mask is None and _is_causal(module, options):
+        mask = _window_mask(length, length, True, query.device)
+    scores = attention_scores(query, key, mask, options.get("scaling"), softcap)
+    scores = heard(listener, module, "scores", scores)
+    pattern = heard(listener, module, "pattern", attention_pattern(scores))
+    return weighted_values(pattern, value).transpose(1, 2).contiguous()
 
 
 def _segment(packed: torch.Tensor, segment: Segments, stop: int) -> torch.Tensor:
@@ -317,17 +377,11 @@ def _softcapped(
     value: torch.Tensor,
     mask: torch.Tensor | None,
     scale: float | None,
-    softcap: float,
+    softcap: float | None,
 ) -> torch.Tensor:
-    """Attention whose scores pass through `softcap * tanh(scores / softcap)` (Gemma 2)."""
-    repeats = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
-    scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scale is None else scale)
-    scores = torch.tanh(scores / softcap) * softcap
-    if mask is not None:
-        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
-    return weights @ value
+    """Attention whose scores are capped, for which there is no fused kernel on every device."""
+    pattern = attention_pattern(attention_scores(query, key, mask, scale, softcap))
+    return weighted_values(pattern, value)
 
 
 @cache

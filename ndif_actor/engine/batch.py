@@ -26,6 +26,7 @@ from ndif_actor.engine.attention import (
 from ndif_actor.engine.cache import KVCache
 from ndif_actor.engine.depth import Block, Stage, Strand, lay_out
 from ndif_actor.engine.hookpoints import Site
+from ndif_actor.engine.internals import Squares, fill_squares, stack_squares
 
 #: Token ids: per group, per invoke, per prompt.
 TokenIds = Sequence[Sequence[Sequence[Sequence[int]]]]
@@ -40,14 +41,18 @@ class Rows(Protocol):
 
     lengths: Sequence[int]
 
-    def read(self, tensor: torch.Tensor, site: Site) -> torch.Tensor:
+    def blocks(self) -> list[tuple[int, int]]:
+        """Return first row and length of each sequence in the packed row, as it lies now."""
+        ...
+
+    def read(self, tensor: torch.Tensor | Squares, site: Site) -> torch.Tensor:
         """Return the rows as the user sees them, left-padded with zeros where lengths differ.
 
         Rows that nobody looks at may be zeros too. The result may share memory with `tensor`.
         """
         ...
 
-    def write(self, tensor: torch.Tensor, site: Site, value: torch.Tensor) -> None:
+    def write(self, tensor: torch.Tensor | Squares, site: Site, value: torch.Tensor) -> None:
         """Overwrite the rows in `tensor`; padding of `value` is dropped."""
         ...
 
@@ -105,8 +110,13 @@ class PackedRows:
         self._strands = strands
         self._known: tuple[int, list[Block], bool] | None = None
 
-    def read(self, tensor: torch.Tensor, site: Site) -> torch.Tensor:
+    def blocks(self) -> list[tuple[int, int]]:
+        return [(block.start, block.length) for block in self._place()[0]]
+
+    def read(self, tensor: torch.Tensor | Squares, site: Site) -> torch.Tensor:
         blocks, adjacent = self._place()
+        if isinstance(tensor, Squares):
+            return stack_squares([tensor.blocks[block.start] for block in blocks])
         if adjacent:
             return self._view(tensor, site, blocks[0].start)
         shape = site.shape_for(len(self.lengths), max(self.lengths))
@@ -120,8 +130,11 @@ class PackedRows:
             target.copy_(source)
         return padded
 
-    def write(self, tensor: torch.Tensor, site: Site, value: torch.Tensor) -> None:
+    def write(self, tensor: torch.Tensor | Squares, site: Site, value: torch.Tensor) -> None:
         blocks, adjacent = self._place()
+        if isinstance(tensor, Squares):
+            fill_squares([tensor.blocks[block.start] for block in blocks], value)
+            return
         if adjacent:
             self._view(tensor, site, blocks[0].start).copy_(value)
             return
@@ -175,7 +188,13 @@ class PaddedRows:
         self._prompts = prompts
         self._longest = longest
 
-    def read(self, tensor: torch.Tensor, site: Site) -> torch.Tensor:
+    def blocks(self) -> list[tuple[int, int]]:
+        return []
+
+    def read(self, tensor: torch.Tensor | Squares, site: Site) -> torch.Tensor:
+        assert isinstance(tensor, torch.Tensor)
+        if site.square:
+            return stack_squares(self._squares(tensor))
         rows = self._rows(tensor, site)
         if min(self.lengths) < max(self.lengths):
             padded = torch.zeros_like(rows)
@@ -185,10 +204,20 @@ class PaddedRows:
             return rows.flatten(site.token_axis, site.token_axis + 1)
         return rows
 
-    def write(self, tensor: torch.Tensor, site: Site, value: torch.Tensor) -> None:
+    def write(self, tensor: torch.Tensor | Squares, site: Site, value: torch.Tensor) -> None:
+        assert isinstance(tensor, torch.Tensor)
+        if site.square:
+            fill_squares(self._squares(tensor), value)
+            return
         if site.batch_axis is None:
             value = value.unflatten(site.token_axis, (len(self.lengths), max(self.lengths)))
         self._copy(value, self._rows(tensor, site), site)
+
+    def _squares(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        """View what belongs to pairs of real tokens, for each prompt."""
+        return [
+            tensor[self.first + i, :, -length:, -length:] for i, length in enumerate(self.lengths)
+        ]
 
     def _rows(self, tensor: torch.Tensor, site: Site) -> torch.Tensor:
         """View the prompts, with axes of their own for prompts and tokens."""

@@ -16,6 +16,7 @@ from ndif_actor.engine import adapter, shapes, tree
 from ndif_actor.engine.checks import graph_fault
 from ndif_actor.engine.explain import explain
 from ndif_actor.engine.hookpoints import HookTable, discover
+from ndif_actor.engine.internals import PORTS
 from ndif_actor.engine.probe import depth_fault
 from ndif_actor.engine.program import Program, compile_graph
 from ndif_actor.engine.shapes import Price
@@ -88,8 +89,15 @@ class Blueprint:
         """Let every row stay in the batch through all layers."""
         self.table = msgspec.structs.replace(self.table, layers=None)
 
+    def close_attention(self) -> None:
+        """Show nothing of the inside of attentions: they are transformers' own."""
+        sites = {p: site for p, site in self.table.sites.items() if p.port not in PORTS}
+        self.table = msgspec.structs.replace(self.table, sites=sites)
+
     def tree(self, *, model_id: str, device: str, unpackable: str | None) -> ModelTree:
         """Describe the model to clients; `unpackable` is what the shards found out, if anything."""
+        if unpackable is not None:
+            self.close_attention()
         return tree.build_tree(
             self.model,
             self.table,

@@ -111,6 +111,7 @@ class Engine:
         partial: frozenset[HookPoint] = frozenset()
         cache = None
         if unpackable is not None:
+            blueprint.close_attention()
             unpaddable = padding_fault(model, blueprint.vocab_size, device)
         else:
             layers = blueprint.table.layers

@@ -203,6 +203,15 @@ class Execution:
         target = moment.writable(node.hook.leaf)
         rows.write(target, site, self._model.slice(node.hook, whole))
 
+    def squares_at(self, path: str) -> set[tuple[int, int]]:
+        """Return the blocks of the packed row whose scores or patterns it touches in a module."""
+        return {
+            block
+            for touched, invoke in self.plan.squares
+            if touched == path
+            for block in self._rows[invoke].blocks()
+        }
+
     # ------------------------------------------------------------ backward
 
     def begin_backward(self, backward: BackwardPlan) -> Differentiated:

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from ndif_actor.engine import adapter
 from ndif_actor.engine.attention import AttentionLayout, Segments, attending
+from ndif_actor.engine.internals import SQUARE
 from ndif_actor.engine.layers import LayerStack, find_layers
 from ndif_actor.engine.moments import Moment, Recording, recording_moments
 from ndif_actor.errors import ModelError
@@ -40,6 +41,8 @@ class Site(msgspec.Struct, frozen=True, kw_only=True):
         token_axis: axis of the tokens (of both, where they are one).
         packed_shape: as it is in a packed row, with "T" for the tokens; None where a packed row
             has no such tensor.
+        square: whether it belongs to pairs of tokens: the axis after that of the tokens is one too,
+            and what a packed row has are `Squares`.
     """
 
     point: HookPoint
@@ -49,6 +52,7 @@ class Site(msgspec.Struct, frozen=True, kw_only=True):
     batch_axis: int | None
     token_axis: int
     packed_shape: tuple[int | str, ...] | None
+    square: bool = False
 
     @property
     def token_bytes(self) -> int:
@@ -100,6 +104,8 @@ class HookTable(msgspec.Struct, frozen=True):
         calls = {p.call for p in same}
         if same and point.call not in calls:
             return f"{point}: the module is called {len(calls)} time(s) in a forward"
+        if point.port not in ("input", "output") and not same:
+            return f"{point}: {point.path!r} is no attention whose {point.port} can be seen"
         offered = ", ".join(repr(p.leaf) for p in same if p.call == point.call) or "none"
         return f"{point}: no such tensor; its {point.port} offers the leaves {offered}"
 
@@ -145,7 +151,9 @@ def _table(
             if shape is None:
                 continue
             site = _site(point, order, shape, tensor.dtype, packed, moment)
-            if site is not None and (packed == [] or site.packed_shape or point == MASK):
+            if site is None:
+                continue
+            if packed == [] or site.packed_shape or site.square or point == MASK:
                 sites[point] = site
     layers = find_layers(moments, packed, attention)
     return HookTable(sites, moments, attention, layers, unpackable)
@@ -161,7 +169,10 @@ def _site(
 ) -> Site | None:
     axes = [axis for axis, size in enumerate(shape) if isinstance(size, str)]
     batch_axis: int | None
+    square = moment.port in SQUARE
     match [shape[axis] for axis in axes]:
+        case ["batch", "sequence", "sequence"] if square:
+            batch_axis, token_axis = axes[0], axes[1]
         case ["batch", "sequence"]:
             batch_axis, token_axis = axes
         case ["batch*sequence"]:
@@ -176,6 +187,7 @@ def _site(
         batch_axis=batch_axis,
         token_axis=token_axis,
         packed_shape=_packed_shape(packed, moment, point.leaf, token_axis),
+        square=square,
     )
 
 

@@ -18,9 +18,10 @@ import torch
 from ndif_actor.engine import leaves
 from ndif_actor.engine.execution import Execution
 from ndif_actor.engine.hookpoints import HookTable
+from ndif_actor.engine.internals import PORTS, Squares, listening
 from ndif_actor.engine.moments import Moment
 from ndif_actor.engine.program import BEFORE_FORWARD
-from ndif_client.wire.graph import Port
+from ndif_client.wire.graph import AttentionPort, Port
 
 #: After every moment, so that a forward which must reach it returns what it computes.
 END_OF_FORWARD = 1 << 30
@@ -57,6 +58,7 @@ class Interleaver:
         if at_least > self._last:
             self._last = at_least
             self._orders.update((m, at) for m, at in table.moments.items() if at == at_least)
+        self._ports = {(moment.path, moment.port) for moment in self._orders}
         self._calls: Counter[tuple[str, Port]] = Counter()
         self._paused = False
 
@@ -75,11 +77,16 @@ class Interleaver:
 
         The block ends early, and quietly, after the last moment that any program needs.
         """
-        ports = {(moment.path, moment.port) for moment in self._orders}
+        inside: dict[torch.nn.Module, str] = {}
         with ExitStack() as stack:
-            for path, port in ports:
-                handle = self._hook(self._model.get_submodule(path), path, port)
-                stack.callback(handle.remove)
+            for path, port in self._ports:
+                module = self._model.get_submodule(path)
+                if port in PORTS:
+                    inside[module] = path
+                else:
+                    stack.callback(self._hook(module, path, port).remove)
+            if inside:
+                stack.enter_context(listening(_Ear(self, inside)))
             for group in self._groups:
                 group.pause_hooks = self._pause
             with suppress(ForwardComplete):
@@ -89,13 +96,24 @@ class Interleaver:
         if port == "input":
 
             def before(_: Any, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
-                changed = self._wake(path, port, leaves.inputs(args, kwargs))
+                changed = self.wake(path, port, leaves.inputs(args, kwargs))
                 return None if changed is None else (changed["args"], changed["kwargs"])
 
             return module.register_forward_pre_hook(before, with_kwargs=True)
-        return module.register_forward_hook(lambda _, args, output: self._wake(path, port, output))
+        return module.register_forward_hook(lambda _, args, output: self.wake(path, port, output))
 
-    def _wake(self, path: str, port: Port, structure: Any) -> Any:
+    def touches(self, path: str, port: Port) -> bool:
+        """Whether any program waits for this hook point."""
+        return (path, port) in self._ports
+
+    def explicit(self, path: str) -> list[tuple[int, int]]:
+        """Return the blocks of rows whose scores or patterns in an attention are touched."""
+        blocks: set[tuple[int, int]] = set()
+        for group in self._groups:
+            blocks |= group.squares_at(path)
+        return sorted(blocks)
+
+    def wake(self, path: str, port: Port, structure: Any) -> Any:
         """Run what waits for this moment; return the changed structure, or None if unchanged."""
         if self._paused:
             return None
@@ -121,6 +139,24 @@ class Interleaver:
             self._paused = False
 
 
+class _Ear:
+    """Wakes programs that wait for what passes inside of attentions."""
+
+    def __init__(self, interleaver: Interleaver, paths: dict[torch.nn.Module, str]) -> None:
+        self._interleaver = interleaver
+        self._paths = paths
+
+    def wants(self, module: torch.nn.Module, port: AttentionPort) -> bool:
+        return module in self._paths and self._interleaver.touches(self._paths[module], port)
+
+    def explicit(self, module: torch.nn.Module) -> list[tuple[int, int]]:
+        return self._interleaver.explicit(self._paths[module]) if module in self._paths else []
+
+    def fire(self, module: torch.nn.Module, port: AttentionPort, value: Any) -> Any:
+        changed = self._interleaver.wake(self._paths[module], port, value)
+        return value if changed is None else changed
+
+
 class LiveMoment:
     """The tensors at one moment of the running forward.
 
@@ -133,12 +169,12 @@ class LiveMoment:
         self.changed = False
         self._copied: set[str] = set()
 
-    def tensor(self, leaf: str) -> torch.Tensor:
+    def tensor(self, leaf: str) -> torch.Tensor | Squares:
         """Return the tensor at `leaf`, to be read."""
-        found: torch.Tensor = leaves.get(self.structure, leaf)
+        found: torch.Tensor | Squares = leaves.get(self.structure, leaf)
         return found
 
-    def writable(self, leaf: str) -> torch.Tensor:
+    def writable(self, leaf: str) -> torch.Tensor | Squares:
         """Return the tensor at `leaf`, to be written in place."""
         if leaf not in self._copied:
             self.structure = leaves.replace(self.structure, leaf, _copy(self.tensor(leaf)))
@@ -151,11 +187,13 @@ class LiveMoment:
         return leaf in self._copied
 
 
-def _copy(tensor: torch.Tensor) -> torch.Tensor:
+def _copy(tensor: torch.Tensor | Squares) -> torch.Tensor | Squares:
     """Copy a tensor with its strides: kernels round differently on another layout of memory.
 
     Otherwise a write of one group would change the last bits of its neighbours.
     """
+    if isinstance(tensor, Squares):
+        return tensor.clone()
     if 0 in tensor.stride():  # an expanded one, whose copy must have all its elements
         return tensor.clone()
     copy = torch.empty_strided(

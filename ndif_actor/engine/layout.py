@@ -143,6 +143,7 @@ def learn_layouts(
         ModelError: a tensor differs from its full shape in more than one axis.
     """
     found: list[tuple[HookPoint, int, int]] = []
+    sites = list(sites)
     for site in sites:
         local = recording.get(_moment(site.point), {}).get(site.point.leaf)
         if local is None or site.packed_shape is None:
@@ -154,10 +155,16 @@ def learn_layouts(
         if axes:
             found.append((site.point, axes[0] - local.dim(), local.shape[axes[0]]))
     sizes = group.sizes_of([size for _, _, size in found])
-    return {
+    layouts = {
         point: Sharded(axis, tuple(rank[i] for rank in sizes), factors.get(point.path, 1))
         for i, (point, axis, _) in enumerate(found)
     }
+    for site in sites:
+        # Scores and patterns have the heads of the queries, and no packed row to be seen in.
+        queries = layouts.get(msgspec.structs.replace(site.point, port="query"))
+        if site.square and queries is not None:
+            layouts[site.point] = queries
+    return layouts
 
 
 def _moment(point: HookPoint) -> Moment:

@@ -36,13 +36,13 @@ def get(structure: Any, address: str) -> Any:
     return structure
 
 
-def replace(structure: Any, address: str, value: torch.Tensor) -> Any:
+def replace(structure: Any, address: str, value: Any) -> Any:
     """Return `structure` with `value` at `address`; containers on the way are copied."""
     steps = _steps(address)
     return _replace(structure, steps, value)
 
 
-def _replace(structure: Any, steps: list[str], value: torch.Tensor) -> Any:
+def _replace(structure: Any, steps: list[str], value: Any) -> Any:
     if not steps:
         return value
     first, rest = steps[0], steps[1:]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -11,11 +11,12 @@ import msgspec
 import torch
 
 from ndif_actor.engine import leaves
-from ndif_client.wire.graph import Port
+from ndif_actor.engine.internals import listening
+from ndif_client.wire.graph import AttentionPort, Port
 
 
 class Moment(msgspec.Struct, frozen=True):
-    """One firing of a module's input or output in a forward."""
+    """One firing in a forward: of a module's input or output, or inside of an attention."""
 
     path: str
     port: Port
@@ -39,7 +40,31 @@ def recording_moments(model: torch.nn.Module, into: Recording) -> Iterator[None]
     with ExitStack() as stack:
         for path, module in model.named_modules():
             stack.enter_context(_hooked(path, module, note))
+        paths = {module: path for path, module in model.named_modules()}
+        stack.enter_context(listening(_Witness(paths, note)))
         yield
+
+
+class _Witness:
+    """Notes what passes inside of attentions; in a packed row no scores or patterns are formed."""
+
+    def __init__(
+        self,
+        paths: Mapping[torch.nn.Module, str],
+        note: Callable[[str, Port, Any], None],
+    ) -> None:
+        self._paths = paths
+        self._note = note
+
+    def wants(self, module: torch.nn.Module, port: AttentionPort) -> bool:
+        return True
+
+    def explicit(self, module: torch.nn.Module) -> Sequence[tuple[int, int]]:
+        return ()
+
+    def fire(self, module: torch.nn.Module, port: AttentionPort, value: Any) -> Any:
+        self._note(self._paths[module], port, value)
+        return value
 
 
 @contextmanager

@@ -81,6 +81,7 @@ class StepPlan(msgspec.Struct, frozen=True, kw_only=True):
         touched: the hook points it reads and writes.
         watched: the values whose gradients are asked for.
         backwards: what is differentiated after the forward, in that order.
+        squares: attention modules and invokes whose scores or patterns it touches.
     """
 
     nodes: dict[int, list[int]]
@@ -91,6 +92,7 @@ class StepPlan(msgspec.Struct, frozen=True, kw_only=True):
     touched: frozenset[HookPoint]
     watched: frozenset[int] = frozenset()
     backwards: tuple[BackwardPlan, ...] = ()
+    squares: frozenset[tuple[str, int]] = frozenset()
 
     def moments(self) -> set[Moment]:
         """The moments at which this program must be woken."""
@@ -188,6 +190,11 @@ class Program:
             touched=frozenset(self.graph.nodes[n].hook for n in hooked),  # type: ignore[union-attr]
             watched=watched,
             backwards=backwards,
+            squares=frozenset(
+                (node.hook.path, node.invoke)
+                for node in (self.graph.nodes[number] for number in hooked)
+                if isinstance(node, ReadHook | WriteHook) and self.sites[node.hook].square
+            ),
         )
 
     def _orders(self, numbers: Sequence[int]) -> tuple[dict[int, int], tuple[BackwardPlan, ...]]:

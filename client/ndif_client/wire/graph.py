@@ -27,7 +27,11 @@ Text = Annotated[str, msgspec.Meta(max_length=MAX_TEXT)]
 Path = Annotated[str, msgspec.Meta(max_length=MAX_PATH)]
 Index = Annotated[int, msgspec.Meta(ge=0)]
 
-Port = Literal["input", "output"]
+#: What passes inside of an attention, in this order; each has its heads along the second axis.
+#: Queries and keys are those after rotary embedding, the result is before the output projection.
+AttentionPort = Literal["query", "key", "value", "scores", "pattern", "result"]
+
+Port = Literal["input", "output"] | AttentionPort
 
 
 class Ref(msgspec.Struct, frozen=True, tag="ref"):
@@ -68,7 +72,8 @@ class HookPoint(msgspec.Struct, frozen=True, order=True):
 
     Attributes:
         path: module path in the model tree, "" for the model itself.
-        port: whether the module's input or its output is meant.
+        port: whether the module's input or its output is meant, or what passes inside of it, if it
+            is an attention.
         leaf: which tensor of it: "" for a single tensor, "0" or "1.0" for items of a tuple,
             "logits" for a field, "args.0" or "kwargs.hidden_states" for inputs.
         call: which call of the module in one forward, counted from 0.

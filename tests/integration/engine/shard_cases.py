@@ -189,6 +189,8 @@ def layouts(shard: Shard, family: str) -> None:
 #: Which hook points lie in slices, along which axis and of which sizes.
 LAYOUTS: dict[str, dict[str, tuple[int, tuple[int, ...]]]] = {
     "llama": {
+        **{f"self_attn.{port}": (-3, (2, 2)) for port in ("query", "scores", "pattern", "result")},
+        **{f"self_attn.{port}": (-3, (1, 1)) for port in ("key", "value")},
         "self_attn.q_proj.output": (-1, (24, 24)),
         "self_attn.k_proj.output": (-1, (12, 12)),
         "self_attn.v_proj.output": (-1, (12, 12)),
@@ -200,6 +202,11 @@ LAYOUTS: dict[str, dict[str, tuple[int, tuple[int, ...]]]] = {
         "mlp.down_proj.input[args.0]": (-1, (40, 40)),
     },
     "qwen3_6": {
+        **{
+            f"self_attn.{port}": (-3, (2, 2, 2))
+            for port in ("query", "scores", "pattern", "result")
+        },
+        **{f"self_attn.{port}": (-3, (1, 1, 1)) for port in ("key", "value")},
         "self_attn.q_proj.output": (-1, (16, 16, 16)),
         "self_attn.q_norm.input[args.0]": (-2, (2, 2, 2)),
         "self_attn.q_norm.output": (-2, (2, 2, 2)),

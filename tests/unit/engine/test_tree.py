@@ -55,8 +55,8 @@ def test_the_tree_says_what_can_be_touched_and_when() -> None:
 
     assert modules["model.norm"].hooks == [
         HookInfo(port="input", leaf="args.0", shape=["batch", "sequence", 48], dtype="bfloat16",
-                 order=84),
-        HookInfo(port="output", shape=["batch", "sequence", 48], dtype="bfloat16", order=85),
+                 order=102),
+        HookInfo(port="output", shape=["batch", "sequence", 48], dtype="bfloat16", order=103),
     ]  # fmt: skip
     assert modules["model.norm"].parameters == [ParameterInfo("weight", [48], "bfloat16")]
 
