@@ -54,7 +54,9 @@ class Oracle:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
         if dtype == torch.float64 and model.get_experts_implementation()[""] is not None:
             model.set_experts_implementation("eager")  # the default has no kernel in this dtype
-        if model._supports_attention_backend and model._supports_sdpa:
+        # An attention with sinks does more than the one written out.
+        has_sinks = any(name.endswith(".sinks") for name, _ in model.named_parameters())
+        if model._supports_attention_backend and not has_sinks:
             model.set_attn_implementation("written_out")
         elif not model._supports_sdpa:
             model.set_attn_implementation("eager")

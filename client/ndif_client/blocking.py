@@ -42,6 +42,7 @@ class TraceOptions(TypedDict, total=False):
 
     messages: Messages | None
     numerics: Numerics
+    seed: int | None
     on_progress: OnProgress | None
     progress: bool
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import re
 import secrets
 from collections.abc import Mapping, Sequence
@@ -63,6 +64,22 @@ def as_decoding(options: DecodingOptions) -> Decoding:
             f"max_new_tokens={decoding.max_new_tokens}"
         )
     return decoding
+
+
+def as_seed(seed: int | None) -> int:
+    """Return a seed, drawn if none is given.
+
+    Raises:
+        GraphError: it is no number that can be one.
+    """
+    if seed is None:
+        return secrets.randbits(_SEED_BITS)
+    if isinstance(seed, bool) or not hasattr(seed, "__index__"):
+        raise graph_error(f"seed={seed!r:.80} can't be: a seed is a number")
+    number = operator.index(seed)
+    if not 0 <= number < 1 << _SEED_BITS:
+        raise graph_error(f"seed={number} can't be: it is from 0 to 2**{_SEED_BITS} - 1")
+    return number
 
 
 def _plain(value: Any) -> Any:

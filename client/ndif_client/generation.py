@@ -84,16 +84,12 @@ class Generation(Trace):
             function,
             messages=messages,
             numerics=numerics,
+            seed=self._decoding.seed,
             on_progress=on_progress,
         )
 
-    def _new_recorder(self) -> Recorder:
-        return Recorder(generates=True)
-
-    @property
-    def seed(self) -> int:
-        """The seed of its sampling: given, or drawn for it."""
-        return self._decoding.seed
+    def _new_recorder(self, seed: int) -> Recorder:
+        return Recorder(seed=seed, generates=True)
 
     # ------------------------------------------------------------ recording
 

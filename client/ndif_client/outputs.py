@@ -9,10 +9,10 @@ from ndif_client.arguments import encode_content
 from ndif_client.errors import UnknownNameError, graph_error
 from ndif_client.operators import operator_names
 from ndif_client.proxy import Proxy
-from ndif_client.recorder import current_recorder, recorded_steps
+from ndif_client.recorder import current_recorder, recorded_place
 from ndif_client.sources import capture
 from ndif_client.values import Delegate, Hooked, Value, node_of
-from ndif_client.wire.graph import HookPoint, Steps
+from ndif_client.wire.graph import HookPoint
 from ndif_client.wire.messages import HookInfo
 
 
@@ -54,7 +54,7 @@ class HookTuple(Delegate):
         self._infos = list(infos)
         self._prefix = prefix
         #: what was found at each step of an address, read anew for other steps of a generation
-        self._read: dict[tuple[str, Steps | None], Proxy | HookTuple] = {}
+        self._read: dict[tuple[str, Any], Proxy | HookTuple] = {}
 
     # ------------------------------------------------------------ parts
 
@@ -62,7 +62,7 @@ class HookTuple(Delegate):
         if not isinstance(key, int | str) or isinstance(key, bool):
             return self._sole_value()[key]
         step = self._step(key)
-        found = (step, recorded_steps())
+        found = (step, recorded_place())
         if found not in self._read:
             infos = self._below(step)
             address = self._address(step)
@@ -81,7 +81,7 @@ class HookTuple(Delegate):
         if len(infos) != 1:
             raise graph_error(f"{self._place(step)} has several tensors: {self._offered()}")
         write_hook(self._path, infos[0], value)
-        self._read.pop((step, recorded_steps()), None)
+        self._read.pop((step, recorded_place()), None)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):

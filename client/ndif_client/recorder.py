@@ -12,6 +12,7 @@ from contextvars import ContextVar
 from typing import Any
 
 import msgspec
+from msgspec.structs import replace
 
 from ndif_client.errors import ClosedTraceError, LimitError, OrderError, graph_error
 from ndif_client.results import RESERVED_NAMES, Layout, Result, leaves, paths
@@ -27,11 +28,15 @@ from ndif_client.steps import (
 )
 from ndif_client.wire.frames import FrameLimits
 from ndif_client.wire.graph import (
+    MAX_CONDITION_DEPTH,
+    MAX_CONDITIONS,
     MAX_NODES,
     MAX_STEP_BLOCKS,
     PREFILL,
     Argument,
     Backward,
+    Choose,
+    Condition,
     Constant,
     Graph,
     HookPoint,
@@ -71,11 +76,13 @@ class Recorder:
         names: what the saved values are called; a name may stand for a list or dict of them.
         result: what came back, once it has.
         failure: why nothing will come back.
+        seed: of the random operations.
         generates: whether it is about a generation.
         backward: number of the node whose gradients `.grad` means now.
     """
 
-    def __init__(self, *, generates: bool = False) -> None:
+    def __init__(self, *, seed: int = 0, generates: bool = False) -> None:
+        self.seed = seed
         self.invokes: list[Invoke] = []
         self.invoke: int | None = None
         self.block = PREFILL_BLOCK
@@ -87,6 +94,10 @@ class Recorder:
         self.generates = generates
         self.backward: int | None = None
         self._opened_block: Source | None = None
+        self._under = 0
+        self._conditions: list[Condition] = []
+        self._guards: list[int] = []
+        self._noting: list[dict[int, tuple[Any, int]]] = []
         self._nodes: list[Node] = []
         self._at: list[int] = []
         self._blocks: list[Block] = []
@@ -150,6 +161,61 @@ class Recorder:
         finally:
             self.block, self._opened_block = PREFILL_BLOCK, None
 
+    @contextmanager
+    def under(self, condition: int, *, negated: bool = False) -> Iterator[None]:
+        """Within the block, nodes are recorded to run only if a node's value is (not) 0.
+
+        Raises:
+            ClosedTraceError: nothing is recorded here.
+            LimitError: there are too many conditions.
+        """
+        self.check_open()
+        if _current.get() is not self:
+            raise graph_error(
+                "a condition belongs inside of the `with` block of its own trace", ClosedTraceError
+            )
+        if len(self._conditions) >= MAX_CONDITIONS:
+            raise LimitError(f"a trace has at most {MAX_CONDITIONS} conditions")
+        outer = self._under
+        if len(self._chain(outer)) >= MAX_CONDITION_DEPTH:
+            raise LimitError(f"at most {MAX_CONDITION_DEPTH} conditions lie in each other")
+        self._conditions.append(Condition(condition, negated, outer))
+        self._under = len(self._conditions)
+        try:
+            yield
+        finally:
+            self._under = outer
+
+    @contextmanager
+    def noting_changes(self) -> Iterator[list[tuple[Any, int]]]:
+        """Within the block, note which values are changed in place, and their nodes before it."""
+        noted: dict[int, tuple[Any, int]] = {}
+        changes: list[tuple[Any, int]] = []
+        self._noting.append(noted)
+        try:
+            yield changes
+        finally:
+            self._noting.pop()
+            changes += noted.values()
+
+    def note_change(self, value: Any, node: int) -> None:
+        """Note that a value stood for `node` until now."""
+        if self._noting:
+            self._noting[-1].setdefault(id(value), (value, node))
+
+    @property
+    def condition(self) -> int:
+        """The condition that nodes are recorded under now; 0 for none."""
+        return self._under
+
+    def _chain(self, under: int) -> list[int]:
+        """Return a condition and those it lies in, the innermost first."""
+        chain = []
+        while under:
+            chain.append(under)
+            under = self._conditions[under - 1].outer
+        return chain
+
     def close(self, at: Source) -> None:
         """Take no more nodes; `at` is the line that ended the trace."""
         self.closed_at = at
@@ -185,6 +251,11 @@ class Recorder:
         """
         self.check_open()
         number = len(self._nodes)
+        under = self._under
+        if isinstance(node, Constant | Parameter):
+            under = 0
+        elif isinstance(node, Save):
+            under = self._guards[node.value.node]
         if number >= MAX_NODES:
             raise LimitError(
                 f"a trace has at most {MAX_NODES} operations; split it into several traces"
@@ -194,6 +265,7 @@ class Recorder:
         block = block or self.block
         uses = references(node)
         for used in uses:
+            self._check_made(used, node, under)
             if not self._moments.exists(used, block.steps):
                 self._refuse_absent(used, block.steps)
         own: Moment = BEFORE_FORWARD if order is None else (order, number)
@@ -201,6 +273,7 @@ class Recorder:
         self._nodes.append(node)
         self._at.append(self._source())
         self._blocks.append(block)
+        self._guards.append(under)
         return number
 
     def read(self, hook: HookPoint, info: HookInfo) -> int:
@@ -208,7 +281,8 @@ class Recorder:
         invoke = self.here(str(hook))
         number = self.add(ReadHook(hook, invoke), info.order)
         seen = (hook, invoke, self.last_write(hook, invoke))
-        self._first_reads[number] = self._reads.setdefault(seen, number)
+        if not self._under:
+            self._first_reads[number] = self._reads.setdefault(seen, number)
         return number
 
     def write(self, hook: HookPoint, info: HookInfo, value: Argument, invoke: int) -> int:
@@ -381,12 +455,30 @@ class Recorder:
                 save = nodes[number]
                 assert isinstance(save, Save)
                 nodes[number] = Save(save.value, path[:_MAX_NAME])
+        graph = Graph(nodes, list(self._sources), list(self._at), seed=self.seed)
+        if self._conditions:
+            graph = replace(graph, conditions=list(self._conditions), under=list(self._guards))
         blocks = [block.steps for block in self._blocks]
         if all(steps == PREFILL for steps in blocks):
-            return Graph(nodes, list(self._sources), list(self._at))
+            return graph
         numbers = {steps: number for number, steps in enumerate(dict.fromkeys(blocks))}
         during = [numbers[steps] for steps in blocks]
-        return Graph(nodes, list(self._sources), list(self._at), list(numbers), during)
+        return replace(graph, steps=list(numbers), during=during)
+
+    def conditional_saves(self) -> frozenset[int]:
+        """Return the numbers of the saves that need not be reached."""
+        return frozenset(number for number in self._saves.values() if self._guards[number])
+
+    def _check_made(self, used: int, node: Node, under: int) -> None:
+        """Refuse a value that was made under a condition which need not hold here."""
+        if isinstance(node, Choose) or self._guards[used] in (0, *self._chain(under)):
+            return
+        raise graph_error(
+            "a value made in a `when` block is used outside of it, where it need not exist; use "
+            "trace.choose(condition, a, b), or change a value that was there before",
+            OrderError,
+            other=self.source_of(used),
+        )
 
     def _refuse_absent(self, node: int, steps: Steps) -> None:
         own = self._blocks[node].steps
@@ -440,7 +532,10 @@ def current_recorder(what: str) -> Recorder:
     return recorder
 
 
-def recorded_steps() -> Steps | None:
-    """Return the generation steps that are recorded here now, or None outside of all traces."""
+def recorded_place() -> tuple[Steps, int] | None:
+    """Return the generation steps and the condition that nodes are recorded for here now.
+
+    None outside of all traces.
+    """
     recorder = _current.get()
-    return None if recorder is None else recorder.block.steps
+    return None if recorder is None else (recorder.block.steps, recorder.condition)

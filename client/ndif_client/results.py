@@ -54,6 +54,7 @@ class Result:
         names: dict[str, Layout],
         tensors: ArrayKind,
         blocks: Mapping[int, Block] | None = None,
+        conditional: frozenset[int] = frozenset(),
     ) -> None:
         self.id = done.id
         self.statistics: Statistics = done.statistics
@@ -63,6 +64,7 @@ class Result:
         self._tensors: ArrayKind = tensors
         self._buffers = buffers
         self._blocks = blocks or {}
+        self._conditional = conditional
         self._saved: dict[int, dict[int, SavedTensor | SavedTuple]] = {}
         everything: list[SavedTensor | SavedTuple] = [*done.tensors, *done.tuples]
         for saved in sorted(everything, key=lambda saved: saved.step):
@@ -72,6 +74,8 @@ class Result:
         reached = min((len(each.ids) for each in self._sequences()), default=1)
         for name, layout in names.items():
             for path, number in paths(layout, name):
+                if number in conditional:
+                    continue
                 expected = self._block(number).steps
                 for step in range(expected.start, reached, expected.stride):
                     if step in expected and step not in self._saved.get(number, {}):
@@ -221,6 +225,8 @@ class Result:
         return self._names[name]
 
     def _why_absent(self, number: int) -> str:
+        if number in self._conditional:
+            return "this value was not made, because its condition did not hold"
         if number not in self._blocks or not self.completions:
             return "this value was not saved; call .save() on it inside of the trace"
         steps = self._block(number).steps

@@ -56,6 +56,7 @@ class Session:
         *,
         messages: Messages | None = None,
         numerics: Numerics = "fast",
+        seed: int | None = None,
         on_progress: OnProgress | None = None,
         progress: bool = False,
     ) -> Trace:
@@ -71,6 +72,9 @@ class Session:
                 prompt of it, on the server.
             numerics: "fast" shares forwards with others, so values may differ by rounding; "solo"
                 takes every forward for itself, and values are the same whoever else is there.
+            seed: of the random operations (`ops.randn`, `.dropout`, ...), from 0 to 2**62 - 1: they
+                draw what torch draws on a CPU after `torch.manual_seed(seed)`. By default one is
+                drawn; `seed` of the trace is the one it has.
             on_progress: called with a `Progress` at every step.
             progress: show a line on the terminal, or in the notebook, while it is under way.
 
@@ -92,6 +96,7 @@ class Session:
             function,
             messages=messages,
             numerics=numerics,
+            seed=seed,
             on_progress=self._shown(on_progress, progress),
         )
 

@@ -15,11 +15,14 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, Self, get_args
 
+from ndif_client.branches import Branch, branch, choose, while_loop
+from ndif_client.decoding import as_seed
 from ndif_client.errors import ClosedTraceError, NoValueError, TraceCancelledError, graph_error
 from ndif_client.explanation import Explanation
 from ndif_client.naming import complete_names, save_structure, unsaved_variables
 from ndif_client.progress import OnProgress, Progress
 from ndif_client.prompts import Messages, Prompt, as_invoke
+from ndif_client.proxy import Proxy
 from ndif_client.recorder import Recorder
 from ndif_client.results import Result
 from ndif_client.sources import capture, user_frame
@@ -55,13 +58,14 @@ class Trace:
         *,
         messages: Messages | None = None,
         numerics: Numerics = "fast",
+        seed: int | None = None,
         on_progress: OnProgress | None = None,
     ) -> None:
         if numerics not in get_args(Numerics):
             raise graph_error(f"numerics={numerics!r:.80} can't be: it is 'fast' or 'solo'")
         self._session = session
         self._numerics: Numerics = numerics
-        self._recorder = self._new_recorder()
+        self._recorder = self._new_recorder(as_seed(seed))
         self._on_progress = on_progress
         self._stack = ExitStack()
         self._id = uuid.uuid4().hex
@@ -75,8 +79,13 @@ class Trace:
         if function is not None:
             self._record(function)
 
-    def _new_recorder(self) -> Recorder:
-        return Recorder()
+    def _new_recorder(self, seed: int) -> Recorder:
+        return Recorder(seed=seed)
+
+    @property
+    def seed(self) -> int:
+        """The seed of its random numbers: given, or drawn for it."""
+        return self._recorder.seed
 
     # ------------------------------------------------------------ what it is
 
@@ -154,6 +163,53 @@ class Trace:
             raise graph_error(f"a {self._noun} has at most {MAX_INVOKES} invokes")
         recorder.invokes.append(as_invoke(prompt, messages))
         return recorder.recording(len(recorder.invokes) - 1)
+
+    # ------------------------------------------------------------ control
+
+    def when(self, condition: Any) -> Branch:
+        """Return a block whose code runs only if a value is not 0: `with trace.when(x > 3):`.
+
+        Args:
+            condition: a value of one element.
+
+        Returns:
+            The block; its `otherwise()` is the block for the other case.
+
+        Raises:
+            GraphError: the condition is no value of the trace.
+        """
+        return branch(condition, self._recorder)
+
+    def choose(self, condition: Any, then: Any, otherwise: Any) -> Proxy:
+        """Return `then` if a condition holds, else `otherwise`, which has the same shape and dtype.
+
+        Unlike `ops.where`, either may come from a `when` block, and only one of them is computed.
+        """
+        return choose(condition, then, otherwise, self._recorder)
+
+    def while_loop(
+        self,
+        condition: Callable[..., Any],
+        body: Callable[..., Any],
+        state: Any,
+        *,
+        limit: int,
+    ) -> Any:
+        """Repeat while a condition holds, at most `limit` times.
+
+        Args:
+            condition: called with the state, returns a value of one element.
+            body: called with the state, returns the next one, of equal shapes and dtypes.
+            state: a value or number to begin with, or a tuple of them.
+            limit: rounds at most, 1 to 256; after so many it ends, whatever the condition says.
+
+        Returns:
+            The last state.
+
+        Raises:
+            GraphError: the bound or a state can't be.
+        """
+        return while_loop(condition, body, state, limit, self._recorder)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name.startswith("_"):
@@ -299,7 +355,9 @@ class Trace:
         if recorder.result is None:
             blocks = {number: recorder.block_of(number) for number in recorder.saves()}
             tensors = self._session._tensors
-            recorder.result = Result(done, buffers, recorder.names, tensors, blocks)
+            recorder.result = Result(
+                done, buffers, recorder.names, tensors, blocks, recorder.conditional_saves()
+            )
             self._tell(Progress(self._id, "done", elapsed_s=self._elapsed_s()))
         return recorder.result
 

@@ -149,7 +149,7 @@ def node_of(value: Value, recorder: Recorder | None = None) -> int:
         if origin.seen != origin.parent._version:
             # At the steps it was made for: those of the line that uses it now may be others.
             block = own.block_of(value._node)
-            _replace(value, own.add(_with_input(origin.apply, parent), block=block))
+            replace_node(value, own.add(_with_input(origin.apply, parent), block=block))
             origin.seen = origin.parent._version
     return value._node
 
@@ -161,7 +161,7 @@ def change(value: Value, node: int) -> None:
         GraphError: it can't be passed on, or may not be changed.
     """
     steps = _way_up(value)
-    _replace(value, node)
+    replace_node(value, node)
     top = value
     for child, view, inverse in steps:
         top = view.parent
@@ -169,7 +169,7 @@ def change(value: Value, node: int) -> None:
             _mark_stale(top, value._recorder.source_of(node))
             child._origin = None
             return
-        _replace(top, _record_inverse(inverse, child))
+        replace_node(top, _record_inverse(inverse, child))
         view.seen = top._version
     if isinstance(top._origin, Hooked):
         place = top._origin
@@ -330,6 +330,8 @@ def _with_input(apply: Apply, node: int) -> Apply:
     return Apply(apply.op, [Ref(node), *apply.args[1:]], apply.kwargs)
 
 
-def _replace(value: Value, node: int) -> None:
+def replace_node(value: Value, node: int) -> None:
+    """Let `value` stand for another node, and views of it be made again when they are used."""
+    value._recorder.note_change(value, value._node)
     value._node = node
     value._version += 1

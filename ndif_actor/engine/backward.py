@@ -18,6 +18,7 @@ from ndif_client.wire.graph import (
     MAX_NODES,
     Apply,
     Backward,
+    Choose,
     Graph,
     HookPoint,
     Parameter,
@@ -171,6 +172,9 @@ def _depends(
                 since[node.invoke] = min(since.get(node.invoke, order), order)
         elif isinstance(node, ReadHook):
             if node.invoke in since:
+                influenced.add(number)
+        elif isinstance(node, Choose):
+            if node.then.node in influenced or node.otherwise.node in influenced:
                 influenced.add(number)
         elif isinstance(node, Apply):
             op = CATALOGUE.get(node.op)

@@ -19,6 +19,7 @@ from ndif_client.wire.graph import (
     Apply,
     Backward,
     CallModule,
+    Choose,
     Constant,
     Node,
     Parameter,
@@ -72,12 +73,14 @@ class Execution:
         self.step = 0
         self.plan = program.at(0)
         self.pause_hooks: Callable[[], AbstractContextManager[None]] = nullcontext
+        self._generator = torch.Generator().manual_seed(program.graph.seed)
         self._model = model
         self._buffers = buffers
         self._infer = infer
         self._shapes: Mapping[int, Any] | None = None
         self._values: dict[int, Any] = {}
         self._gradients: dict[tuple[int, int], torch.Tensor] = {}
+        self._decisions: dict[int, bool] = {}
         self._differentiated: tuple[torch.Tensor, torch.Tensor | None]
         self._rows: Sequence[Rows] = ()
         self._save: Saved
@@ -115,9 +118,14 @@ class Execution:
                 self._keep_in_step(number, node, moment)
                 continue
             try:
+                if not self._holds(number):
+                    self._leave_out(number)
+                    continue
                 value = self._run(number, node, moment)
                 if number in self.plan.watched and not isinstance(node, ReadHook):
                     value = _watched(value)
+                if number in self.program.conditions.deciding:
+                    self._decisions[number] = bool(self._model.agreed(value.detach() != 0))
             except _FATAL:
                 raise
             except ops.REFUSALS as error:
@@ -126,9 +134,23 @@ class Execution:
             if value is not None:
                 self._values[number] = value
                 made.append(number)
-            for dead in self.plan.dies.get(number, ()):
-                self._values.pop(dead, None)
+            self._bury(number)
         self._own(made)
+
+    def _holds(self, number: int) -> bool:
+        """Whether a node runs, for all that is known; its outer conditions have been asked."""
+        decision = self.program.conditions.innermost.get(number)
+        return decision is None or self._decisions.get(decision.node) == (not decision.negated)
+
+    def _leave_out(self, number: int) -> None:
+        self._values.pop(number, None)
+        self._decisions.pop(number, None)
+        self._bury(number)
+
+    def _bury(self, number: int) -> None:
+        """Drop the values that a node was the last to need."""
+        for dead in self.plan.dies.get(number, ()):
+            self._values.pop(dead, None)
 
     def _run(self, number: int, node: Node, moment: LiveMoment | None) -> Any:
         match node:
@@ -152,13 +174,15 @@ class Execution:
                 changed = torch.as_tensor(value, device=self._model.device)
                 self._gradients[key] = torch.empty_like(self._gradients[key]).copy_(changed)
                 return None
+            case Choose(condition=condition, then=then, otherwise=otherwise):
+                return self._values[(then if self._decisions[condition.node] else otherwise).node]
             case Backward(loss=loss, gradient=gradient):
                 begins_with = None if gradient is None else self._values[gradient.node]
                 self._differentiated = self._values[loss.node], begins_with
                 return None
             case Apply(op=name):
                 args, kwargs = shapes.arguments(node, self._values.__getitem__)
-                return ops.apply(CATALOGUE[name], args, kwargs, self._model.device)
+                return ops.apply(CATALOGUE[name], args, kwargs, self._model.device, self._generator)
             case CallModule():
                 args, kwargs = shapes.arguments(node, self._values.__getitem__)
                 with self.pause_hooks():
@@ -262,6 +286,8 @@ class Execution:
         """Join the collectives of a node whose group has failed, with values that mean nothing."""
         if not self._model.is_sharded:
             return
+        if number in self.program.conditions.deciding:
+            self._model.agreed(torch.zeros((), dtype=torch.bool, device=self._model.device))
         if isinstance(node, ReadHook) and node.hook != MASK:
             self._read(node, moment)
         elif isinstance(node, Parameter):

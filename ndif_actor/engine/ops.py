@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ndif_actor.engine import random_operations
 from ndif_client.wire.catalogue import CATALOGUE, Op
 from ndif_client.wire.graph import Argument, Dots, Dtype, Items, Ref, Slice
 
@@ -46,13 +47,20 @@ def resolve(argument: Argument, values: Callable[[int], Any]) -> Any:
             return argument
 
 
-def apply(op: Op, args: Sequence[Any], kwargs: dict[str, Any], device: torch.device) -> Value:
+def apply(
+    op: Op,
+    args: Sequence[Any],
+    kwargs: dict[str, Any],
+    device: torch.device,
+    generator: torch.Generator | None = None,
+) -> Value:
     """Run an operation of the catalogue.
 
     Args:
         op: the entry.
         args, kwargs: resolved arguments, named and ordered as in the entry.
         device: where tensors made from nothing (`zeros`, `arange`) are put.
+        generator: of random operations, on the CPU; without one they draw from a fresh one.
 
     Raises:
         IndexError: an index lies outside of what it indexes.
@@ -60,6 +68,9 @@ def apply(op: Op, args: Sequence[Any], kwargs: dict[str, Any], device: torch.dev
     """
     if op.bounded_index is not None:
         check_bounds(op, args, kwargs)
+    if op.home == "random":
+        fresh = torch.Generator().manual_seed(0) if generator is None else generator
+        return random_operations.CALLABLES[op.name](fresh, device, *args, **kwargs)
     if op.name in _CREATION:
         kwargs = {**kwargs, "device": device}
     result = _CALLABLES[op.name](*args, **kwargs)
@@ -267,4 +278,6 @@ def _callable(op: Op) -> Callable[..., Any]:
     return found
 
 
-_CALLABLES: dict[str, Callable[..., Any]] = {op.name: _callable(op) for op in CATALOGUE.values()}
+_CALLABLES: dict[str, Callable[..., Any]] = {
+    op.name: _callable(op) for op in CATALOGUE.values() if op.home != "random"
+}

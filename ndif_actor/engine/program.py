@@ -18,6 +18,7 @@ from ndif_actor.engine.backward import (
     watched_values,
 )
 from ndif_actor.engine.checks import check_references, check_steps, find_sites, graph_fault
+from ndif_actor.engine.conditions import Conditions
 from ndif_actor.engine.depth import NEVER
 from ndif_actor.engine.hookpoints import HookTable, Site
 from ndif_actor.engine.moments import Moment
@@ -105,14 +106,19 @@ class Program:
     Attributes:
         graph: as it came.
         sites: the site of each hook point it touches.
+        conditions: what must hold for its nodes to run.
         kept: for each value that later steps use, the last of these; None for no end.
     """
 
     def __init__(self, graph: Graph, table: HookTable, num_invokes: int) -> None:
         self.graph = graph
         self.num_invokes = num_invokes
+        self.conditions = Conditions(graph)
         self._uses = [references(node) for node in graph.nodes]
+        for number, decision in self.conditions.innermost.items():
+            self._uses[number].append(decision.node)
         check_references(graph, self._uses, num_invokes)
+        self.conditions.check(self._uses)
         self.sites = find_sites(graph, table)
         self._watched = watched_values(graph)
         self.kept = check_steps(graph, self._uses)

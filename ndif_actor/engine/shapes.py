@@ -22,6 +22,7 @@ from ndif_client.wire.graph import (
     Apply,
     Backward,
     CallModule,
+    Choose,
     Constant,
     Node,
     Parameter,
@@ -101,6 +102,8 @@ def infer(
                 node = graph.nodes[number]
                 try:
                     value = _infer(node, program, model, single if step else lengths, known)
+                    if number in program.conditions.deciding:
+                        _check_decision(value)
                 except ops.REFUSALS as error:
                     message = f"{_describe(node, known)}: {_first_line(error)}"
                     raise graph_fault(graph, number, message) from None
@@ -179,6 +182,8 @@ def _infer(
             args, kwargs = arguments(node, values.__getitem__)
             ops.bind(op, args, kwargs)
             return ops.apply(op, args, kwargs, _META)
+        case Choose(then=then, otherwise=otherwise):
+            return _same(values[then.node], values[otherwise.node])
         case Backward(loss=loss, gradient=gradient):
             given = None if gradient is None else values[gradient.node]
             _check_differentiable(values[loss.node], given)
@@ -284,6 +289,23 @@ def _check_ids(module: torch.nn.Module, args: Sequence[Any]) -> None:
         raise TypeError("only embeddings take integers; convert the value with .to(...)")
 
 
+def _check_decision(value: Any) -> None:
+    if not isinstance(value, torch.Tensor) or value.numel() != 1 or value.is_complex():
+        raise TypeError(
+            f"a condition is one number, true if it is not 0, and not {_shown(value)}; use .any() "
+            "or .all()"
+        )
+
+
+def _same(then: Any, otherwise: Any) -> Any:
+    if _shown(then) != _shown(otherwise):
+        raise ValueError(
+            f"the values to choose between must be alike, not {_shown(then)} and "
+            f"{_shown(otherwise)}"
+        )
+    return then
+
+
 def _check_differentiable(loss: Any, gradient: Any) -> None:
     if not isinstance(loss, torch.Tensor) or not loss.is_floating_point():
         raise TypeError(f"only a tensor of floats can be differentiated, not {_shown(loss)}")
@@ -345,6 +367,8 @@ def _describe(node: Node, values: Mapping[int, Any]) -> str:
             return path
         case Backward():
             return "backward"
+        case Choose():
+            return "choose"
         case ReadGradient() | WriteGradient():
             return "gradient"
         case _:

@@ -12,7 +12,7 @@ from typing import Literal
 import msgspec
 
 Cost = Literal["free", "elementwise", "reduction", "matmul", "sort"]
-Home = Literal["torch", "functional", "linalg", "special"]
+Home = Literal["torch", "functional", "linalg", "special", "random"]
 
 
 class Op(msgspec.Struct, frozen=True, kw_only=True):
@@ -22,7 +22,8 @@ class Op(msgspec.Struct, frozen=True, kw_only=True):
         name: what graphs call it; also the function and the proxy method of that name.
         parameters: argument names in order, "tensor" ones first; `*` starts keyword-only ones.
         home: where torch keeps it: `torch.x`, `torch.nn.functional.x`, ...; "special"
-            ones are written in the server's table.
+            ones are written in the server's table, "random" ones draw from the request's own
+            generator, on the CPU, one after another as they run.
         torch_name: its name there, when different.
         method: whether proxies offer it as a method (`self` is the first parameter).
         fields: names of the results, where there are several.
@@ -229,6 +230,24 @@ def _ops() -> list[Op]:
     op("ones_like", "input * dtype", "Ones of the same shape.", differentiable=False)
     op("full_like", "input fill_value * dtype", "A constant of the same shape.",
        differentiable=False)  # fmt: skip
+
+    for name, doc in (
+        ("rand", "Uniform random numbers in [0, 1)."),
+        ("randn", "Standard normal random numbers."),
+    ):
+        op(name, "size * dtype", doc, home="random", method=False, differentiable=False)
+        op(f"{name}_like", "input * dtype", f"{doc[:-1]}, in the same shape.", home="random",
+           differentiable=False)  # fmt: skip
+    op("randint", "low high size * dtype", "Random integers from `low` to below `high`.",
+       home="random", method=False, differentiable=False)  # fmt: skip
+    op("randperm", "n * dtype", "A random permutation of 0 to `n - 1`.", home="random",
+       method=False, differentiable=False)  # fmt: skip
+    op("bernoulli", "input", "1 with the probability in each element, else 0.", home="random",
+       differentiable=False)  # fmt: skip
+    op("dropout", "input p", "Elements zeroed with probability `p`, the others scaled up.",
+       home="random")  # fmt: skip
+    op("multinomial", "input num_samples replacement", "Indices drawn by the weights in each row.",
+       home="random", differentiable=False)  # fmt: skip
     return ops
 
 

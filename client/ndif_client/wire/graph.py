@@ -16,6 +16,8 @@ from ndif_client.wire.tensors import DtypeName, TensorSpec
 #: Bounds enforced while decoding, before anything is built from a message.
 MAX_NODES = 20_000
 MAX_STEP_BLOCKS = 512
+MAX_CONDITIONS = 4096
+MAX_CONDITION_DEPTH = 256
 MAX_ARGUMENTS = 4096
 MAX_TEXT = 4096
 MAX_PATH = 512
@@ -184,6 +186,14 @@ class WriteGradient(msgspec.Struct, frozen=True, tag="write_gradient"):
     value: Argument
 
 
+class Choose(msgspec.Struct, frozen=True, tag="choose"):
+    """`then` if a condition holds, else `otherwise`; the other one need not have been made."""
+
+    condition: Ref
+    then: Ref
+    otherwise: Ref
+
+
 Node = (
     ReadHook
     | WriteHook
@@ -195,6 +205,7 @@ Node = (
     | Backward
     | ReadGradient
     | WriteGradient
+    | Choose
 )
 
 
@@ -247,12 +258,25 @@ class Steps(msgspec.Struct, frozen=True):
 PREFILL = Steps(0, 1)
 
 
+class Condition(msgspec.Struct, frozen=True):
+    """When nodes run: if the value of node `value`, one number, is not zero, or if it is.
+
+    `outer` is the condition that this one lies in: 0 for none, k for the one at position k - 1.
+    """
+
+    value: Index
+    negated: bool = False
+    outer: Index = 0
+
+
 class Graph(msgspec.Struct, frozen=True):
     """The nodes of one request in program order, when each runs, and where each was written.
 
     `at[i]` is the position in `sources` of the line that made node i, and `during[i]` the position
     in `steps` of the generation steps it runs at; where `during` is empty, all nodes run at the
     prefill. A node may use the values of its own step, and values of earlier single steps.
+    `under[i]` is the condition that node i runs under, numbered like `Condition.outer`; where
+    `under` is empty, none does. `seed` is that of the graph's random operations.
     """
 
     nodes: Annotated[list[Node], msgspec.Meta(max_length=MAX_NODES)] = []
@@ -260,6 +284,9 @@ class Graph(msgspec.Struct, frozen=True):
     at: Annotated[list[Index], msgspec.Meta(max_length=MAX_NODES)] = []
     steps: Annotated[list[Steps], msgspec.Meta(max_length=MAX_STEP_BLOCKS)] = []
     during: Annotated[list[Index], msgspec.Meta(max_length=MAX_NODES)] = []
+    conditions: Annotated[list[Condition], msgspec.Meta(max_length=MAX_CONDITIONS)] = []
+    under: Annotated[list[Index], msgspec.Meta(max_length=MAX_NODES)] = []
+    seed: Annotated[int, msgspec.Meta(ge=0, lt=1 << 62)] = 0
 
     def steps_of(self, node: int) -> Steps:
         """Return the generation steps at which `node` runs."""
@@ -325,6 +352,10 @@ def references(node: Node) -> list[int]:
         case WriteGradient(of=of, value=value):
             visit(of)
             visit(value)
+        case Choose(condition=condition, then=then, otherwise=otherwise):
+            visit(condition)
+            visit(then)
+            visit(otherwise)
         case Apply(args=args, kwargs=kwargs) | CallModule(args=args, kwargs=kwargs):
             for value in (*args, *kwargs.values()):
                 visit(value)

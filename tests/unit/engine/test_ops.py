@@ -60,7 +60,9 @@ EXAMPLES: dict[str, tuple[Any, ...]] = {
     "roll": (X, (1, 2), (0, 1)), "repeat_interleave": (X, 2, 1), "tril": (SQUARE, 1),
     "triu": (SQUARE, 1), "diag": (VECTOR, 1), "to": (X, torch.bfloat16), "zeros": ((2, 3),),
     "ones": ((2, 3),), "full": ((2, 3), 7.0), "arange": (1, 9, 2), "linspace": (0.0, 1.0, 5),
-    "eye": (2, 3), "full_like": (X, 7.0),
+    "eye": (2, 3), "full_like": (X, 7.0), "rand": ((2, 3),), "randn": ((2, 3),),
+    "randint": (-2, 9, (2, 3)), "randperm": (5,), "dropout": (X, 0.25),
+    "bernoulli": (X.clamp(max=1),), "multinomial": (X, 2, True),
 }  # fmt: skip
 
 #: Arguments that are given by name only.
@@ -76,7 +78,10 @@ KEYWORDS: dict[str, dict[str, Any]] = {
     "full": {"dtype": torch.float64}, "arange": {"dtype": torch.float32},
     "linspace": {"dtype": torch.float64}, "eye": {"dtype": torch.float64},
     "zeros_like": {"dtype": torch.int64}, "ones_like": {"dtype": torch.int64},
-    "full_like": {"dtype": torch.int64},
+    "full_like": {"dtype": torch.int64}, "rand": {"dtype": torch.float64},
+    "randn": {"dtype": torch.float64}, "randint": {"dtype": torch.int32},
+    "randperm": {"dtype": torch.int32}, "rand_like": {"dtype": torch.float64},
+    "randn_like": {"dtype": torch.float64},
 }  # fmt: skip
 
 
