@@ -13,6 +13,7 @@ from ndif_client.explanation import Explanation
 from ndif_client.generation import Generation, StepsIndex
 from ndif_client.prompts import Messages, Prompt
 from ndif_client.results import Result
+from ndif_client.scanning import Scan
 from ndif_client.streaming import Token, TokenStream
 from ndif_client.trace import Trace
 
@@ -88,6 +89,10 @@ class _Blocking(Generic[TraceT]):
     def explain(self) -> Explanation:
         """Return what it would cost; inside of its block, what is recorded so far."""
         return self._runner.wait(self._trace.explain())
+
+    def scan(self) -> Scan:
+        """Return the shapes of everything recorded so far, without running it."""
+        return self._runner.wait(self._trace.scan())
 
     def __enter__(self) -> Self:
         self._trace.__enter__()

@@ -18,7 +18,10 @@ from ndif_client.wire.graph import CallModule, Port
 from ndif_client.wire.messages import HookInfo, ModuleInfo
 
 #: What every module has, whatever its own children are called.
-_OWN_NAMES = ("at_call", "input", "inputs", "output", "outputs")
+_OWN_NAMES = ("skip", "at_call", "input", "inputs", "output", "outputs")
+
+#: Names of the residual stream, and where it is found.
+_RESIDUAL: dict[str, Port] = {"resid_pre": "input", "resid": "output"}
 
 #: At most so many names are listed in an error.
 _MAX_LISTED = 24
@@ -29,8 +32,10 @@ class Envoy:
 
     Its children and parameters are attributes, as in torch; `output`, `input`, `inputs` and
     `outputs` are what enters and leaves it in a forward. A child with one of those names is
-    reached by `module["output"]`. An attention also shows its `query`, `key`, `value`, `scores`,
-    `pattern` and `result`, and its `heads`.
+    reached by `module["output"]`. Some names mean the same in every family: `embed`, `layers`,
+    `norm` and `unembed` of the model, `attn`, `mlp`, `resid` (the residual stream after it) and
+    `resid_pre` of a layer; where a module has a child so called, that is meant. An attention also
+    shows its `query`, `key`, `value`, `scores`, `pattern` and `result`, and its `heads`.
     """
 
     def __init__(self, info: ModuleInfo, path: str = "", call: int = 0) -> None:
@@ -78,6 +83,30 @@ class Envoy:
         if found is None:
             raise self._no_attribute("heads")
         return found
+
+    def skip(self, value: Any) -> None:
+        """Let the model go on with `value` as if it were what the module returns.
+
+        The module still runs, for those who share the forward, but nothing of it is seen: what is
+        inside of it can't be read or written in this invoke.
+
+        Args:
+            value: of the shape of its output; where this is several tensors, of the first of them,
+                or a tuple of all.
+
+        Raises:
+            GraphError: the value can't be its output, or its inside is used.
+        """
+        infos = self._hooks("output")
+        parts = list(value) if isinstance(value, tuple | list) else [value]
+        if len(parts) not in (1, len(infos)):
+            raise graph_error(
+                f"{self._title()} returns {len(infos)} tensors; skip it with the first of them or "
+                f"with all, not with {len(parts)}"
+            )
+        for info, part in zip(infos, parts, strict=False):
+            write_hook(self._path, info, part)
+        current_recorder(self._title()).skip(self._path)
 
     def at_call(self, call: int) -> Envoy:
         """Return the same module at its `call`-th call (from 0) within one forward."""
@@ -146,6 +175,15 @@ class Envoy:
             )
         return self._info.children
 
+    def _residual(self, name: str) -> HookInfo:
+        assert self._info.residual is not None
+        port, leaf = _RESIDUAL[name], self._info.residual[_RESIDUAL[name] == "output"]
+        return next(hook for hook in self._hooks(port) if hook.leaf == leaf)
+
+    def _standard(self) -> list[str]:
+        """Return the names it has that mean the same in every family."""
+        return [*self._info.aliases, *(_RESIDUAL if self._info.residual else ())]
+
     def _inside(self) -> list[str]:
         """Return what can be seen inside of it, if it is an attention."""
         return [hook.port for hook in self._info.hooks if hook.port in PORTS]
@@ -162,6 +200,10 @@ class Envoy:
             return Proxy(recorder, recorder.parameter(path), Owned(path))
         if name in self._inside():
             return getattr(self.heads, name)
+        if name in self._info.aliases:
+            return self[self._info.aliases[name]]
+        if name in _RESIDUAL and self._info.residual is not None:
+            return read_hook(self._path, self._residual(name))
         raise self._no_attribute(name)
 
     # ------------------------------------------------------------ the rest of Python
@@ -192,6 +234,13 @@ class Envoy:
                 )
             elif name in self._inside():
                 setattr(self.heads, name, value)
+            elif name in _RESIDUAL and self._info.residual is not None:
+                write_hook(self._path, self._residual(name), value)
+            elif name in self._info.aliases:
+                raise graph_error(
+                    f"{self._title()}.{name} is {self._info.aliases[name]}, which can't be "
+                    "replaced; write its output instead"
+                )
             else:
                 raise self._no_attribute(name)
 
@@ -219,10 +268,12 @@ class Envoy:
     def __dir__(self) -> list[str]:
         children = [name for name in self._children if name.isidentifier()]
         inside = ["heads", *self._inside()] if self._inside() else []
-        return [*_OWN_NAMES, *inside, *children, *self._parameters]
+        return [*_OWN_NAMES, *inside, *self._standard(), *children, *self._parameters]
 
     def __repr__(self) -> str:
-        return tree_text(self._info)
+        names = [f"{name} = {path}" for name, path in self._info.aliases.items() if name != path]
+        also = f"\n# also: {', '.join(names)}" if names else ""
+        return tree_text(self._info) + also
 
     def _repr_html_(self) -> str:
         return tree_html(self._info)
@@ -233,13 +284,14 @@ class Envoy:
         return self._path or self._info.kind
 
     def _offered(self) -> str:
-        names = [*self._children, *sorted(self._parameters)]
+        names = [*self._children, *sorted(self._parameters), *self._standard()]
         listed = ", ".join(names[:_MAX_LISTED]) or "no children"
         more = f" and {len(names) - _MAX_LISTED} more" if len(names) > _MAX_LISTED else ""
         return listed + more
 
     def _no_attribute(self, name: str) -> Exception:
-        names = [*self._children, *self._parameters, *_OWN_NAMES, *self._inside()]
+        own = [*self._children, *self._parameters, *_OWN_NAMES]
+        names = [*own, *self._inside(), *self._standard()]
         near = difflib.get_close_matches(name, names, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ";"
         return graph_error(

@@ -111,6 +111,7 @@ class Recorder:
         self._last_writes: dict[tuple[HookPoint, int], dict[Steps, int]] = {}
         self._reads: dict[tuple[HookPoint, int, int | None], int] = {}
         self._first_reads: dict[int, int] = {}
+        self._skipped: dict[tuple[str, int], list[tuple[Steps, Source]]] = {}
         self._gradient_writes: dict[tuple[int, int], int] = {}
 
     # ------------------------------------------------------------ life
@@ -216,6 +217,15 @@ class Recorder:
             under = self._conditions[under - 1].outer
         return chain
 
+    @contextmanager
+    def again(self, block: Block) -> Iterator[None]:
+        """Within the block, nodes are recorded for steps that have been opened before."""
+        previous, self.block = self.block, block
+        try:
+            yield
+        finally:
+            self.block = previous
+
     def close(self, at: Source) -> None:
         """Take no more nodes; `at` is the line that ended the trace."""
         self.closed_at = at
@@ -279,6 +289,7 @@ class Recorder:
     def read(self, hook: HookPoint, info: HookInfo) -> int:
         """Record a read for the current invoke and return the node's number."""
         invoke = self.here(str(hook))
+        self._check_not_skipped(hook, invoke)
         number = self.add(ReadHook(hook, invoke), info.order)
         seen = (hook, invoke, self.last_write(hook, invoke))
         if not self._under:
@@ -293,6 +304,7 @@ class Recorder:
             GraphError: the hook point is read-only.
         """
         self.check_open()
+        self._check_not_skipped(hook, invoke)
         if not info.dtype.startswith(("float", "bfloat", "complex")):
             raise graph_error(
                 f"{hook} holds {info.dtype} and is read-only; to change what the model sees, "
@@ -321,6 +333,37 @@ class Recorder:
             return False
         write = self._nodes[number]
         return isinstance(write, WriteHook) and write.value == Ref(node)
+
+    def skip(self, path: str) -> None:
+        """Refuse from now on what lies inside of a module, in this invoke and at these steps.
+
+        Raises:
+            GraphError: it is used already.
+        """
+        invoke, steps = self.here(path), self.block.steps
+        for number, node in enumerate(self._nodes):
+            if not isinstance(node, ReadHook | WriteHook) or node.invoke != invoke:
+                continue
+            same_steps = overlap(self._blocks[number].steps, steps)
+            if same_steps and node.hook.path.startswith(f"{path}."):
+                raise graph_error(
+                    f"{path} is skipped, so {node.hook} inside of it would never be reached",
+                    hook=str(node.hook),
+                    other=self.source_of(number),
+                )
+        self._skipped.setdefault((path, invoke), []).append((steps, capture()))
+
+    def _check_not_skipped(self, hook: HookPoint, invoke: int) -> None:
+        for (path, skipped_invoke), places in self._skipped.items():
+            if skipped_invoke != invoke or not hook.path.startswith(f"{path}."):
+                continue
+            for steps, source in places:
+                if overlap(steps, self.block.steps):
+                    raise graph_error(
+                        f"{hook} is never reached, because {path} is skipped",
+                        hook=str(hook),
+                        other=source,
+                    )
 
     # ------------------------------------------------------------ gradients
 
@@ -442,6 +485,12 @@ class Recorder:
     def block_of(self, node: int) -> Block:
         """Return the steps block that a node was recorded in."""
         return self._blocks[node]
+
+    def saved_by(self, save: int) -> int:
+        """Return the number of the node that a save sends back."""
+        node = self._nodes[save]
+        assert isinstance(node, Save)
+        return node.value.node
 
     def saves(self) -> list[int]:
         """Return the numbers of all saves, in order."""

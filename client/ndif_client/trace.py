@@ -16,6 +16,7 @@ from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, Self, get_args
 
 from ndif_client.branches import Branch, branch, choose, while_loop
+from ndif_client.caching import Cache, Modules
 from ndif_client.decoding import as_seed
 from ndif_client.errors import ClosedTraceError, NoValueError, TraceCancelledError, graph_error
 from ndif_client.explanation import Explanation
@@ -25,7 +26,9 @@ from ndif_client.prompts import Messages, Prompt, as_invoke
 from ndif_client.proxy import Proxy
 from ndif_client.recorder import Recorder
 from ndif_client.results import Result
+from ndif_client.scanning import Scan
 from ndif_client.sources import capture, user_frame
+from ndif_client.steps import Block
 from ndif_client.submission import Pending
 from ndif_client.wire.graph import MAX_INVOKES
 from ndif_client.wire.messages import Decoding, Generated, Numerics, Queued, Running, TraceRequest
@@ -68,6 +71,7 @@ class Trace:
         self._recorder = self._new_recorder(as_seed(seed))
         self._on_progress = on_progress
         self._stack = ExitStack()
+        self._caches: list[tuple[Cache, int, Block, str]] = []
         self._id = uuid.uuid4().hex
         self._opened = False
         self._pending: Pending | None = None
@@ -164,6 +168,44 @@ class Trace:
         recorder.invokes.append(as_invoke(prompt, messages))
         return recorder.recording(len(recorder.invokes) - 1)
 
+    def cache(
+        self,
+        modules: Modules | None = None,
+        *,
+        inputs: bool = False,
+        outputs: bool = True,
+        name: str = "cache",
+    ) -> Cache:
+        """Save what many modules return, as it is at the end of the block.
+
+        Args:
+            modules: modules, their paths, or patterns such as "model.layers.*.mlp", or several of
+                them; by default the residual stream after each layer.
+            inputs: save what they are given, too (the first tensor of it).
+            outputs: save what they return.
+            name: what the result calls it.
+
+        Returns:
+            A mapping from module paths to values, when the trace has run.
+
+        Raises:
+            GraphError: there are no such modules.
+        """
+        self._recorder.check_open()
+        invoke = self._recorder.here("cache()")
+        cache = Cache(self._session.model, modules, inputs=inputs, outputs=outputs)
+        self._caches.append((cache, invoke, self._recorder.block, name))
+        return cache
+
+    async def scan(self) -> Scan:
+        """Return the shapes and dtypes of everything recorded, without running it.
+
+        Raises:
+            ClosedTraceError: it was submitted already.
+            NdifError: the server refuses it, or can't be reached.
+        """
+        return Scan(self._recorder, (await self.explain()).values)
+
     # ------------------------------------------------------------ control
 
     def when(self, condition: Any) -> Branch:
@@ -240,7 +282,14 @@ class Trace:
 
     def _close(self, error: BaseException | None) -> None:
         self._stack.close()
-        self._recorder.close(capture())
+        try:
+            if error is None:
+                self._record_caches()
+        except BaseException as refusal:
+            self._recorder.failure = refusal
+            raise
+        finally:
+            self._recorder.close(capture())
         if error is not None:
             self._recorder.failure = error
             return
@@ -251,6 +300,10 @@ class Trace:
         except BaseException as refusal:
             self._recorder.failure = refusal
             raise
+
+    def _record_caches(self) -> None:
+        for cache, invoke, block, name in self._caches:
+            cache.record(self._recorder, invoke, block, name)
 
     def _record(self, function: TraceFunction) -> None:
         error: BaseException | None = None

@@ -161,7 +161,12 @@ class Blueprint:
         """Say what a checked request would cost, and where its rows leave or fork."""
         steps = 1 if group.decoding is None else group.decoding.max_new_tokens
         program = self.compile(group.graph, len(group.invokes), steps)
-        return explain(request, group, program, self.table.layers, price)
+        explanation = explain(request, group, program, self.table.layers, price)
+        lengths = [[len(ids) for ids in prompts] for prompts in group.invokes]
+        values = shapes.infer(program, self.model, lengths, steps)
+        known = {**values.decode, **values.prefill}
+        infos = [shapes.describe(known.get(number)) for number in range(len(group.graph.nodes))]
+        return msgspec.structs.replace(explanation, values=infos)
 
     def compile(self, graph: Graph, num_invokes: int, num_steps: int = 1) -> Program:
         """Order a graph's nodes along the forward; see `compile_graph`."""

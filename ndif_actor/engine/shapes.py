@@ -33,6 +33,7 @@ from ndif_client.wire.graph import (
     WriteGradient,
     WriteHook,
 )
+from ndif_client.wire.messages import ValueInfo
 
 _META = torch.device("meta")
 
@@ -199,6 +200,15 @@ def _infer(
             if not isinstance(values[value.node], torch.Tensor | tuple):
                 raise TypeError("only tensors can be saved")
             return None
+
+
+def describe(value: Any) -> ValueInfo | None:
+    """Return the shape and dtype of a meta value; None if it is none."""
+    if isinstance(value, tuple):
+        return ValueInfo(items=[info for info in map(describe, value) if info is not None])
+    if not isinstance(value, torch.Tensor):
+        return None
+    return ValueInfo(list(value.shape), _name(value.dtype))
 
 
 def failure(node: Node, error: BaseException) -> str:

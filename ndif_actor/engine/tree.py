@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from ndif_actor.engine.adapter import text_config
 from ndif_actor.engine.hookpoints import HookTable
+from ndif_actor.engine.names import StandardNames, standard_names
 from ndif_client.wire.messages import HookInfo, ModelTree, ModuleInfo, ParameterInfo
 
 
@@ -56,12 +57,16 @@ def build_tree(
         num_layers=config.num_hidden_layers,
         hidden_size=config.hidden_size,
         vocab_size=config.vocab_size,
-        root=_module("", "", model, hooks),
+        root=_module("", "", model, hooks, standard_names(model, table)),
     )
 
 
 def _module(
-    name: str, path: str, module: torch.nn.Module, hooks: dict[str, list[HookInfo]]
+    name: str,
+    path: str,
+    module: torch.nn.Module,
+    hooks: dict[str, list[HookInfo]],
+    names: StandardNames,
 ) -> ModuleInfo:
     prefix = f"{path}." if path else ""
     own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
@@ -72,9 +77,11 @@ def _module(
         hooks=hooks.get(path, []),
         parameters=[ParameterInfo(n, list(p.shape), _name(p.dtype)) for n, p in own],
         children=[
-            _module(child, prefix + child, submodule, hooks)
+            _module(child, prefix + child, submodule, hooks, names)
             for child, submodule in module.named_children()
         ],
+        aliases=names.aliases.get(path, {}),
+        residual=names.residual.get(path),
     )
 
 

@@ -250,6 +250,14 @@ class RowsAtDepth(msgspec.Struct, frozen=True):
     rows: int
 
 
+class ValueInfo(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Shape and dtype of a value; `items` are those of a tuple of tensors instead."""
+
+    shape: list[int] = []
+    dtype: str = ""
+    items: list[ValueInfo] | None = None
+
+
 class Explanation(msgspec.Struct, frozen=True, kw_only=True):
     """What a request would cost, alone, without running it.
 
@@ -261,6 +269,7 @@ class Explanation(msgspec.Struct, frozen=True, kw_only=True):
             a late fork.
         row_layers: rows x layers that it computes, and that it would without either.
         notes: the same in words, a line each.
+        values: shape and dtype of each node's value; None for what has none.
     """
 
     id: str
@@ -271,6 +280,7 @@ class Explanation(msgspec.Struct, frozen=True, kw_only=True):
     depth: list[RowsAtDepth]
     row_layers: tuple[int, int]
     notes: list[str]
+    values: list[ValueInfo | None] = []
 
 
 class Explanations(msgspec.Struct, frozen=True):
@@ -315,6 +325,10 @@ class ModuleInfo(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     hooks: list[HookInfo] = []
     parameters: list[ParameterInfo] = []
     children: list[ModuleInfo] = []
+    #: names that mean the same in every family ("attn", "layers"), and the modules' paths from here
+    aliases: dict[str, str] = {}
+    #: of a layer: the leaves of its input and of its output that are the residual stream
+    residual: tuple[str, str] | None = None
 
 
 class ModelTree(msgspec.Struct, frozen=True, kw_only=True):
