@@ -9,6 +9,7 @@ Needs neither torch nor transformers. For scripts without `await` see `ndif_clie
 """
 
 from ndif_client import errors, ops
+from ndif_client.edits import Edit
 from ndif_client.envoy import Envoy
 from ndif_client.errors import NdifError
 from ndif_client.explanation import Explanation
@@ -23,6 +24,7 @@ from ndif_client.wire.messages import Completion
 
 __all__ = [
     "Completion",
+    "Edit",
     "Envoy",
     "Explanation",
     "Generation",

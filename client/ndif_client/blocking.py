@@ -20,6 +20,7 @@ from typing import Any, TypedDict, TypeVar, Unpack, overload
 
 from ndif_client.blocking_traces import BlockingGeneration, BlockingTrace, LoopThread, awaited
 from ndif_client.decoding import DecodingOptions
+from ndif_client.edits import Edit, EditRecording, Edits
 from ndif_client.envoy import Envoy
 from ndif_client.errors import BlockingCallError, graph_error
 from ndif_client.explanation import Explanation
@@ -62,10 +63,23 @@ class BlockingSession:
     def __init__(self, session: Session, thread: LoopThread) -> None:
         self.tree: ModelTree = session.tree
         self.model: Envoy = session.model
+        self.edits: Edits = session.edits
         self._session = session
         self._thread = thread
         self._together: list[Trace] | None = None
         self._open = True
+        #: whether the connection belongs to another session
+        self._shares = False
+
+    def edit(self, name: str) -> EditRecording:
+        """Record a change of the model that is to apply to later traces; see `Session.edit`."""
+        return self._session.edit(name)
+
+    def with_edits(self, *edits: Edit) -> BlockingSession:
+        """Return another handle of this session, with these edits besides its own."""
+        other = BlockingSession(self._session.with_edits(*edits), self._thread)
+        other._shares = True
+        return other
 
     @overload
     def trace(
@@ -179,7 +193,7 @@ class BlockingSession:
 
     def close(self) -> None:
         """Cancel what is under way, close all connections, stop a private server."""
-        if self._open:
+        if self._open and not self._shares:
             self._open = False
             self._thread.call(self._session.close())
             self._thread.stop()

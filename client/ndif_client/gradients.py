@@ -93,6 +93,8 @@ def _watched(value: Value) -> int:
 
 
 def _check_trace(recorder: Recorder, what: str) -> None:
+    if recorder.edits:
+        raise graph_error(f"{what}: an edit has no gradients; take them in the trace it applies to")
     if recorder.generates or recorder.block.steps != PREFILL:
         raise graph_error(
             f"{what}: a generation has no gradients, because its steps share a KV cache; trace its "

@@ -6,7 +6,7 @@ The recorder knows nodes and their order in the forward; it knows nothing of Pyt
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -78,11 +78,13 @@ class Recorder:
         failure: why nothing will come back.
         seed: of the random operations.
         generates: whether it is about a generation.
+        edits: whether it is about an edit, which nothing comes back from.
         backward: number of the node whose gradients `.grad` means now.
     """
 
-    def __init__(self, *, seed: int = 0, generates: bool = False) -> None:
+    def __init__(self, *, seed: int = 0, generates: bool = False, edits: bool = False) -> None:
         self.seed = seed
+        self.edits = edits
         self.invokes: list[Invoke] = []
         self.invoke: int | None = None
         self.block = PREFILL_BLOCK
@@ -94,6 +96,7 @@ class Recorder:
         self.generates = generates
         self.backward: int | None = None
         self._opened_block: Source | None = None
+        self._written_at: Source | None = None
         self._under = 0
         self._conditions: list[Condition] = []
         self._guards: list[int] = []
@@ -175,17 +178,39 @@ class Recorder:
             raise graph_error(
                 "a condition belongs inside of the `with` block of its own trace", ClosedTraceError
             )
+        with self.under_again(self.add_condition(condition, negated, self._under)):
+            yield
+
+    def add_condition(self, value: int, negated: bool, outer: int) -> int:
+        """Add a condition inside of another one (0 for none) and return its number.
+
+        Raises:
+            LimitError: there are too many.
+        """
         if len(self._conditions) >= MAX_CONDITIONS:
             raise LimitError(f"a trace has at most {MAX_CONDITIONS} conditions")
-        outer = self._under
         if len(self._chain(outer)) >= MAX_CONDITION_DEPTH:
             raise LimitError(f"at most {MAX_CONDITION_DEPTH} conditions lie in each other")
-        self._conditions.append(Condition(condition, negated, outer))
-        self._under = len(self._conditions)
+        self._conditions.append(Condition(value, negated, outer))
+        return len(self._conditions)
+
+    @contextmanager
+    def under_again(self, condition: int) -> Iterator[None]:
+        """Within the block, nodes are recorded under a condition of that number."""
+        previous, self._under = self._under, condition
         try:
             yield
         finally:
-            self._under = outer
+            self._under = previous
+
+    @contextmanager
+    def written_at(self, source: Source | None) -> Iterator[None]:
+        """Within the block, nodes are those of that line, whoever records them now."""
+        previous, self._written_at = self._written_at, source
+        try:
+            yield
+        finally:
+            self._written_at = previous
 
     @contextmanager
     def noting_changes(self) -> Iterator[list[tuple[Any, int]]]:
@@ -409,13 +434,16 @@ class Recorder:
             TypeError: it has a dtype that can't be sent.
         """
         name, shape, raw = export_array(value)
-        data = bytes(raw)
+        return Ref(self.constant_bytes(name, shape, bytes(raw)))
+
+    def constant_bytes(self, name: str, shape: tuple[int, ...], data: bytes) -> int:
+        """Record an array given by dtype, shape and bytes; return the node's number."""
         known = self._constants.setdefault((name, shape), [])
         for number in known:
             node = self._nodes[number]
             assert isinstance(node, Constant)
             if self.buffers[node.tensor.buffer] == data:
-                return Ref(number)
+                return number
         if len(self.buffers) >= _MAX_CONSTANTS:
             raise LimitError(
                 f"a trace brings at most {_MAX_CONSTANTS} arrays along; stack them into fewer"
@@ -426,7 +454,7 @@ class Recorder:
         number = self.add(Constant(spec))
         self.buffers.append(data)
         known.append(number)
-        return Ref(number)
+        return number
 
     def parameter(self, path: str) -> int:
         """Record a parameter, once."""
@@ -439,6 +467,8 @@ class Recorder:
 
         A save runs at the steps of its value, wherever it is written.
         """
+        if self.edits:
+            raise graph_error("nothing comes back from an edit, so nothing can be saved in it")
         if node not in self._saves:
             self._saves[node] = self.add(Save(Ref(node)), block=self._blocks[node])
         return self._saves[node]
@@ -555,12 +585,20 @@ class Recorder:
 
     def _source(self) -> int:
         """Return the number of the user's current line."""
+        if self._written_at is not None:
+            own = self._written_at
+            return self._source_number((own.file, own.line), lambda: own)
         frame = user_frame()
-        key = ("<unknown>", 0) if frame is None else (frame.f_code.co_filename, frame.f_lineno)
+        if frame is None:
+            return self._source_number(("<unknown>", 0), lambda: Source("<unknown>", 0))
+        key = (frame.f_code.co_filename, frame.f_lineno)
+        return self._source_number(key, lambda: source_at(*key, frame))
+
+    def _source_number(self, key: tuple[str, int], make: Callable[[], Source]) -> int:
         number = self._source_numbers.get(key)
         if number is None:
             number = self._source_numbers[key] = len(self._sources)
-            self._sources.append(Source(*key) if frame is None else source_at(*key, frame))
+            self._sources.append(make())
         return number
 
 

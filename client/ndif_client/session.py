@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Coroutine, Generator, Mapping, Sequence
 from contextlib import AsyncExitStack
+from copy import copy
 from types import TracebackType
 from typing import Any
 
+from ndif_client.edits import Edit, EditRecording, Edits
 from ndif_client.envoy import Envoy
 from ndif_client.errors import NdifError, ProtocolError
 from ndif_client.explanation import Explanation
@@ -38,15 +40,19 @@ class Session:
     Attributes:
         tree: the model as data: layers, sizes, hook points.
         model: the model to write experiments on; `print(session.model)` shows it.
+        edits: changes of the model that every later trace and generation has.
     """
 
     def __init__(self, transport: Transport, tree: ModelTree, tensors: ArrayKind) -> None:
         self.tree = tree
         self.model = Envoy(tree.root)
+        self.edits = Edits()
         self._transport = transport
         self._tensors: ArrayKind = tensors
         self._submitter = Submitter(transport)
         self._display = ProgressDisplay()
+        #: whether the connection belongs to another session
+        self._shares = False
         self._resources = AsyncExitStack()
 
     def trace(
@@ -187,6 +193,33 @@ class Session:
         """
         return await trace.explain()
 
+    def edit(self, name: str) -> EditRecording:
+        """Record a change of the model that is to apply to later traces.
+
+        Args:
+            name: what it is called.
+
+        Returns:
+            A block; its value is the edit, to be given to `session.edits.add` or `with_edits`.
+
+        Example:
+            with session.edit("quiet") as quiet:
+                session.model.layers[3].mlp.output *= 0
+            session.edits.add(quiet)
+        """
+        return EditRecording(name, self.tree)
+
+    def with_edits(self, *edits: Edit) -> Session:
+        """Return another handle of this session, with these edits besides its own.
+
+        It shares the connection, and ends with this one; traces of this one are not edited.
+        """
+        other = copy(self)
+        other.edits = Edits((*self.edits, *edits))
+        other._resources = AsyncExitStack()
+        other._shares = True
+        return other
+
     async def tokenize(self, text: str) -> TokenizeReply:
         """Return how the model's tokenizer splits a text: `ids`, and the text of each."""
         path = f"/v1/models/{quoted(self.tree.id)}/tokenize"
@@ -209,6 +242,8 @@ class Session:
 
     async def close(self) -> None:
         """Cancel what is under way, close all connections, stop a private server."""
+        if self._shares:
+            return
         self._display.close()
         try:
             await self._submitter.close()

@@ -166,7 +166,17 @@ class Trace:
         if len(recorder.invokes) >= MAX_INVOKES:
             raise graph_error(f"a {self._noun} has at most {MAX_INVOKES} invokes")
         recorder.invokes.append(as_invoke(prompt, messages))
-        return recorder.recording(len(recorder.invokes) - 1)
+        return self._invoked(len(recorder.invokes) - 1)
+
+    @contextmanager
+    def _invoked(self, invoke: int) -> Iterator[None]:
+        self._play_edits(invoke)
+        with self._recorder.recording(invoke):
+            yield
+
+    def _play_edits(self, invoke: int) -> None:
+        for edit in self._session.edits:
+            edit.play(self._recorder, invoke, self._session.tree)
 
     def cache(
         self,
@@ -278,6 +288,8 @@ class Trace:
                 f"a {self._noun} is recorded once; make another one", ClosedTraceError
             )
         self._opened = True
+        if self._recorder.invokes:
+            self._play_edits(0)
         self._stack.enter_context(self._recorder.recording(0 if self._recorder.invokes else None))
 
     def _close(self, error: BaseException | None) -> None:

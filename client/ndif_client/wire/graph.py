@@ -7,7 +7,8 @@ write (`setitem`) followed by a `WriteHook` of it, so a saved value is a snapsho
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Callable
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 
@@ -209,6 +210,9 @@ Node = (
 )
 
 
+NodeT = TypeVar("NodeT", bound=msgspec.Struct)
+
+
 class Steps(msgspec.Struct, frozen=True):
     """Steps of a generation: `start`, `start + stride`, ... below `stop`; None is no bound.
 
@@ -362,3 +366,30 @@ def references(node: Node) -> list[int]:
         case _:
             pass
     return found
+
+
+def renumbered(node: NodeT, number: Callable[[int], int]) -> NodeT:
+    """Return a node that refers to other numbers; `number(n)` is what node n is called now."""
+
+    def moved(argument: Argument) -> Argument:
+        if isinstance(argument, Ref):
+            return Ref(number(argument.node))
+        if isinstance(argument, Items):
+            return Items([moved(value) for value in argument.values])
+        return argument
+
+    def change(value: Any) -> Any:
+        if isinstance(value, list):
+            return [moved(item) for item in value]
+        if isinstance(value, dict):
+            return {name: moved(item) for name, item in value.items()}
+        return moved(value)
+
+    fields: dict[str, Any] = {}
+    for name in node.__struct_fields__:
+        value = getattr(node, name)
+        if isinstance(value, Ref | Items | list | dict):
+            fields[name] = change(value)
+    if isinstance(node, ReadGradient | WriteGradient):
+        fields["backward"] = number(node.backward)
+    return msgspec.structs.replace(node, **fields)
