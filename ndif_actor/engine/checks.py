@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from ndif_actor.engine.hookpoints import HookTable, Site
 from ndif_actor.errors import RequestError
-from ndif_client.wire.graph import CallModule, Graph, HookPoint, ReadHook, Save, WriteHook
+from ndif_client.wire.graph import CallModule, Graph, HookPoint, Keep, ReadHook, Save, WriteHook
 from ndif_client.wire.messages import Fault
 
 
@@ -31,7 +31,7 @@ def check_references(graph: Graph, uses: Sequence[Sequence[int]], num_invokes: i
     Raises:
         RequestError: one does not.
     """
-    writes = (WriteHook, Save)
+    writes = (WriteHook, Keep, Save)
     for number, node in enumerate(graph.nodes):
         for used in uses[number]:
             if used >= number:
@@ -41,9 +41,8 @@ def check_references(graph: Graph, uses: Sequence[Sequence[int]], num_invokes: i
             if isinstance(graph.nodes[used], writes):
                 raise graph_fault(graph, number, f"node {used} is a write or save, not a value")
         if isinstance(node, ReadHook | WriteHook) and node.invoke >= num_invokes:
-            raise graph_fault(
-                graph, number, f"invoke {node.invoke} does not exist; there are {num_invokes}"
-            )
+            known = f"there are {num_invokes}" if num_invokes else "this request has no prompt"
+            raise graph_fault(graph, number, f"invoke {node.invoke} does not exist; {known}")
 
 
 def check_steps(graph: Graph, uses: Sequence[Sequence[int]]) -> dict[int, int | None]:
