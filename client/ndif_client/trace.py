@@ -15,7 +15,13 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, Self, TypedDict, get_args
 
-from ndif_client.errors import ClosedTraceError, NoValueError, TraceCancelledError, graph_error
+from ndif_client.errors import (
+    ClosedTraceError,
+    GraphError,
+    NoValueError,
+    TraceCancelledError,
+    graph_error,
+)
 from ndif_client.explanation import Explanation
 from ndif_client.held import earlier_requests
 from ndif_client.naming import complete_names, save_structure, unsaved_variables
@@ -363,7 +369,11 @@ class Trace:
 
     def _submit(self) -> Pending:
         self._submitted_s = asyncio.get_running_loop().time()
-        request = self._request()
+        try:
+            request = self._request()
+        except GraphError as error:  # a held value that will never be there
+            self._recorder.failure = error
+            raise
         self._session._drop_abandoned()
         self._pending = self._session._submitter.submit(
             request, self._recorder.buffers, self._note, self._take_tokens
