@@ -24,6 +24,7 @@ TWO = [
     *(f"{case}:{family}" for family in ("llama", "qwen3", "gemma", "phi3") for case in COMMON),
     *(f"{case}:qwen3_moe" for case in COMMON[:3]),
     "failures:llama",
+    "held_values:llama",
     *(f"generations:{family}" for family in ("llama", "gemma3", "phi3")),
     "half_precision:llama",
 ]
