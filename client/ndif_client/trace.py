@@ -32,7 +32,15 @@ from ndif_client.results import Result
 from ndif_client.sources import capture, user_frame
 from ndif_client.submission import Pending, Reply
 from ndif_client.wire.graph import MAX_INVOKES
-from ndif_client.wire.messages import Decoding, Generated, Numerics, Queued, Running, TraceRequest
+from ndif_client.wire.messages import (
+    MAX_AFTER,
+    Decoding,
+    Generated,
+    Numerics,
+    Queued,
+    Running,
+    TraceRequest,
+)
 
 if TYPE_CHECKING:
     from ndif_client.session import Session
@@ -401,6 +409,11 @@ class Trace:
         after = earlier_requests(self._recorder.used.values())
         if self._after is not None and self._after.id not in after:
             after.append(self._after.id)
+        if len(after) > MAX_AFTER:
+            raise graph_error(
+                f"this {self._noun} uses what {len(after)} traces keep that have not ended, at "
+                f"most {MAX_AFTER} can be waited for; await some of them first"
+            )
         return TraceRequest(
             id=self._id,
             model=self._session.tree.id,

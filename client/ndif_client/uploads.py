@@ -24,7 +24,7 @@ Wanted = tuple[str | None, Tensor]
 
 #: Bytes of tensors that one request brings along, if it brings several, and how many these are.
 _REQUEST_BYTES = 32 << 20
-_REQUEST_TENSORS = 1024
+_REQUEST_TENSORS = 512
 
 
 async def upload(session: Session, array: Any, name: str | None) -> Handle:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -78,7 +79,7 @@ class Prepared(msgspec.Struct, frozen=True):
     prompts: list[list[PromptTokens]]
     completions: list[GrowingCompletion] = []
     keeps: dict[str, HeldSpec] = {}
-    kept: dict[str, HeldSpec] = {}
+    kept: Mapping[str, HeldSpec] = {}
 
 
 class Admission:
@@ -266,7 +267,7 @@ class Admission:
             decoding=None if decoding is None else replace(decoding, stop=[]),
             held=held,
         )
-        kept = {**outlook.kept_before(request), **price.kept}
+        kept = outlook.kept_with(request, price.kept)
         outlook.note_admitted(request.id, kept)
         alone = request.numerics == "solo"
         nbytes = price.value_bytes + price.saved_bytes

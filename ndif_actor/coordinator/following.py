@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 
 from msgspec.structs import replace
 
@@ -38,7 +39,7 @@ class Following:
     def outlook(self, submission: Submission, owner: str, user: str) -> Outlook:
         """Return what the requests of a submission may count on."""
         sessions: dict[str, Known] = {}
-        keeps: dict[str, dict[str, HeldSpec]] = {}
+        keeps: dict[str, Mapping[str, HeldSpec]] = {}
         failed: dict[str, Cause] = {}
         now = time.monotonic()
         for request in submission.requests:

@@ -20,8 +20,11 @@ from ndif_actor.messages import Dropped, Settle
 from ndif_client.wire.messages import Fault, HeldSpec
 from ndif_client.wire.tensors import TensorSpec
 
-#: What each value counts at least: its memory is handed out in such pieces, and it has a record.
-LEAST_BYTES = 512
+#: What each value counts at least, for the records of it; this bounds how many there are.
+LEAST_BYTES = 4096
+
+#: Names that an error lists.
+_SHOWN = 5
 
 
 class HeldLimits(msgspec.Struct, frozen=True, kw_only=True):
@@ -40,7 +43,7 @@ class Known(msgspec.Struct, frozen=True):
 
 
 class _Value:
-    """One name of a session: what it stands for now, and who will keep something else as it."""
+    """One name of a session: what is held as that, and who will keep something else as that."""
 
     def __init__(self) -> None:
         self.held: HeldSpec | None = None
@@ -60,6 +63,7 @@ class _Session:
         self.name = name
         self.touched_s = now
         self.values: dict[str, _Value] = {}
+        self.held: dict[str, HeldSpec] = {}
         self.lost: set[str] = set()
         self.requests: set[str] = set()
         self.is_dropped = False
@@ -88,8 +92,7 @@ class HeldRegistry:
         if found is None:
             return Known()
         found.touched_s = now
-        held = {n: v.held for n, v in found.values.items() if v.held is not None}
-        return Known(held, frozenset(found.lost))
+        return Known(dict(found.held), frozenset(found.lost))
 
     def held_bytes(self, user: str | None = None) -> int:
         """Return what is held or reserved for a user, or for all."""
@@ -207,7 +210,8 @@ class HeldRegistry:
 
     def _check(self, user: str, names: Iterable[str], more: int) -> None:
         """Refuse to hold that many more bytes, if they are too many."""
-        kept = ", ".join(map(repr, names))
+        shown = sorted(names)
+        kept = ", ".join(map(repr, shown[:_SHOWN])) + (", ..." if len(shown) > _SHOWN else "")
         mine, limits = self.held_bytes(user) + more, self._limits
         if mine > limits.user_bytes:
             raise _too_much(
@@ -232,8 +236,11 @@ class HeldRegistry:
     ) -> None:
         value = session.values[name]
         before = value.cost
-        if held is not None or dropped:
-            value.held = held
+        if held is not None:
+            value.held = session.held[name] = held
+        elif dropped:
+            value.held = None
+            session.held.pop(name, None)
         if released is not None:
             value.reserved.pop(released, None)
         if value.held is None and not value.reserved:

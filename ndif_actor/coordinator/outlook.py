@@ -17,6 +17,9 @@ from ndif_actor.errors import RequestError
 from ndif_client.wire.graph import Graph, Held, Keep
 from ndif_client.wire.messages import Fault, HeldSpec, TraceRequest
 
+#: Names that a request may keep, together with the unfinished ones that it comes after.
+MAX_KEPT = 1024
+
 #: Names that an error lists.
 _SHOWN = 10
 
@@ -85,11 +88,31 @@ class Outlook:
             found[node.name] = spec
         return found
 
-    def kept_before(self, request: TraceRequest) -> dict[str, HeldSpec]:
+    def kept_before(self, request: TraceRequest) -> Mapping[str, HeldSpec]:
         """Return what the unfinished requests will keep that a request comes after."""
-        kept: dict[str, HeldSpec] = {}
-        for name in request.after:
-            kept.update(self._keeps.get(name, {}))
+        found = [self._keeps[name] for name in request.after if self._keeps.get(name)]
+        if len(found) == 1:
+            return found[0]
+        return {name: spec for kept in found for name, spec in kept.items()}
+
+    def kept_with(
+        self, request: TraceRequest, keeps: Mapping[str, HeldSpec]
+    ) -> Mapping[str, HeldSpec]:
+        """Return the same with what the request itself keeps.
+
+        Raises:
+            RequestError: these are too many names.
+        """
+        before = self.kept_before(request)
+        if all(before.get(name) == spec for name, spec in keeps.items()):
+            return before  # as the steps of a training loop do, whose chains may be long
+        kept = {**before, **keeps}
+        if len(kept) > MAX_KEPT:
+            raise refused(
+                "limit",
+                f"{len(kept)} names are kept by this request and the unfinished ones that it comes "
+                f"after, at most {MAX_KEPT} are allowed; stack what you keep, or send it later",
+            )
         return kept
 
     def note_admitted(self, request: str, kept: Mapping[str, HeldSpec]) -> None:

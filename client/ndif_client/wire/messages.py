@@ -28,6 +28,9 @@ PROTOCOL = 2
 
 MAX_REQUESTS = 1024
 
+#: Requests that one may come after.
+MAX_AFTER = 256
+
 RequestId = Annotated[str, msgspec.Meta(pattern=r"\A[A-Za-z0-9_-]{8,64}\Z")]
 
 #: Made by the client, at random: whoever knows it, and is the same user, shares what is held.
@@ -103,7 +106,7 @@ class TraceRequest(msgspec.Struct, frozen=True, kw_only=True):
     decoding: Decoding | None = None
     numerics: Numerics = "fast"
     session: SessionId | None = None
-    after: Annotated[list[RequestId], msgspec.Meta(max_length=MAX_REQUESTS)] = []
+    after: Annotated[list[RequestId], msgspec.Meta(max_length=MAX_AFTER)] = []
 
 
 class Submission(msgspec.Struct, frozen=True, kw_only=True):

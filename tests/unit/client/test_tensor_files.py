@@ -16,7 +16,7 @@ ARRAYS = {
     "odd": np.array([True, False, True]),
     "wide": np.arange(6, dtype=np.float64).reshape(2, 3),
     "narrow": np.arange(5, dtype=np.int8),
-    "scalar": np.float32(2.5).reshape(()),
+    "scalar": np.array(2.5, np.float32),
     "empty": np.zeros((0, 4), np.float16),
 }
 
@@ -48,25 +48,21 @@ def header(text: str, data: bytes = b"") -> bytes:
     return len(text).to_bytes(8, "little") + text.encode() + data
 
 
+def entry(dtype: str, shape: str, data: bytes = b"") -> bytes:
+    one = f'"dtype": "{dtype}", "shape": {shape}, "data_offsets": [0, 4]'
+    return header(f'{{"a": {{{one}}}}}', data)
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [
         (b"", "less than 8 bytes"),
         (b"\xff" * 20, "header would have"),
         (header("[1]"), "no safetensors file"),
-        (
-            header('{"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}'),
-            "no safetensors",
-        ),
-        (header('{"a": {"dtype": "F4", "shape": [1], "data_offsets": [0, 4]}}'), "dtype F4"),
-        (
-            header('{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}', b"1234"),
-            "damaged",
-        ),
-        (
-            header('{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}', b"123"),
-            "damaged",
-        ),
+        (entry("F32", "[-1]"), "no safetensors file"),
+        (entry("F4", "[1]"), "dtype F4"),
+        (entry("F32", "[2]", b"1234"), "damaged"),
+        (entry("F32", "[1]", b"123"), "damaged"),
     ],
 )
 def test_damaged_files_are_refused_in_words(tmp_path: Path, content: bytes, words: str) -> None:

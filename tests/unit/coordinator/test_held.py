@@ -12,8 +12,10 @@ from ndif_actor.messages import Dropped, Settle
 from ndif_client.wire.messages import HeldSpec
 from ndif_client.wire.tensors import TensorSpec
 
+MB = 1_000_000
 
-def registry(user_bytes: int = 10_000, total_bytes: int = 100_000) -> HeldRegistry:
+
+def registry(user_bytes: int = 10 * MB, total_bytes: int = 100 * MB) -> HeldRegistry:
     return HeldRegistry(HeldLimits(user_bytes=user_bytes, total_bytes=total_bytes, idle_s=100.0))
 
 
@@ -31,13 +33,13 @@ def keep(held: HeldRegistry, request: str, user: str = "ann", **values: HeldSpec
 
 def test_what_a_request_keeps_is_known_when_it_has_ended_well() -> None:
     held = registry()
-    scope = held.reserve("a", "ann", "session-1", {"w": size(1000)}, 0.0)
+    scope = held.reserve("a", "ann", "session-1", {"w": size(MB)}, 0.0)
     assert held.known("ann", "session-1", 0.0).held == {}
 
     held.commit("a")
     held.release("a", 0.0)
 
-    assert held.known("ann", "session-1", 0.0).held == {"w": size(1000)}
+    assert held.known("ann", "session-1", 0.0).held == {"w": size(MB)}
     assert held.take_changes() == Settle(["a"], [])
     assert held.take_changes() is None
     assert keep(held, "b", w=size(5)) == scope
@@ -45,54 +47,54 @@ def test_what_a_request_keeps_is_known_when_it_has_ended_well() -> None:
 
 def test_a_request_that_fails_changes_nothing() -> None:
     held = registry()
-    keep(held, "a", w=size(1000))
-    held.reserve("b", "ann", "session-1", {"w": size(9000), "v": size(10)}, 0.0)
+    keep(held, "a", w=size(MB))
+    held.reserve("b", "ann", "session-1", {"w": size(9 * MB), "v": size(10)}, 0.0)
     held.release("b", 0.0)
 
-    assert held.known("ann", "session-1", 0.0).held == {"w": size(1000)}
-    assert held.held_bytes("ann") == 1000
+    assert held.known("ann", "session-1", 0.0).held == {"w": size(MB)}
+    assert held.held_bytes("ann") == MB
     assert held.take_changes() == Settle(["a"], [])
 
 
 def test_users_and_sessions_do_not_see_each_other() -> None:
     held = registry()
-    mine = keep(held, "a", "ann", w=size(1000))
+    mine = keep(held, "a", "ann", w=size(MB))
     other = held.reserve("b", "ann", "session-2", {"w": size(1)}, 0.0)
     his = held.reserve("c", "bob", "session-1", {"w": size(1)}, 0.0)
 
     assert len({mine, other, his}) == 3
     assert held.known("bob", "session-1", 0.0).held == {}
     assert held.drop("bob", "session-1", ["w"], 0.0) == {}
-    assert held.known("ann", "session-1", 0.0).held == {"w": size(1000)}
+    assert held.known("ann", "session-1", 0.0).held == {"w": size(MB)}
 
 
 def test_bytes_are_reserved_before_anything_runs() -> None:
-    held = registry(user_bytes=2000)
-    held.reserve("a", "ann", "session-1", {"w": size(1500)}, 0.0)
+    held = registry(user_bytes=2 * MB)
+    held.reserve("a", "ann", "session-1", {"w": size(1_500_000)}, 0.0)
 
-    with pytest.raises(RequestError, match=r"keeping 'v' would make 2100 bytes .* allows 2000"):
-        held.reserve("b", "ann", "session-2", {"v": size(600)}, 0.0)
-    held.reserve("b", "bob", "session-2", {"v": size(600)}, 0.0)
+    with pytest.raises(RequestError, match=r"'v' would make 2100000 bytes .* allows 2000000"):
+        held.reserve("b", "ann", "session-2", {"v": size(600_000)}, 0.0)
+    held.reserve("b", "bob", "session-2", {"v": size(600_000)}, 0.0)
 
 
 def test_all_users_together_have_a_bound_too() -> None:
-    held = registry(total_bytes=2000)
-    keep(held, "a", w=size(1500))
+    held = registry(total_bytes=2 * MB)
+    keep(held, "a", w=size(1_500_000))
 
     with pytest.raises(RequestError, match="for all users"):
-        held.reserve("b", "bob", "session-1", {"v": size(600)}, 0.0)
+        held.reserve("b", "bob", "session-1", {"v": size(600_000)}, 0.0)
 
 
 def test_values_that_replace_each_other_count_once() -> None:
-    held = registry(user_bytes=2000)
+    held = registry(user_bytes=2 * MB)
     for number in range(10):
-        held.reserve(f"r{number}", "ann", "session-1", {"w": size(1000 + number)}, 0.0)
-    assert held.held_bytes("ann") == 1009
+        held.reserve(f"r{number}", "ann", "session-1", {"w": size(MB + number)}, 0.0)
+    assert held.held_bytes("ann") == MB + 9
 
     for number in range(10):
         held.commit(f"r{number}")
         held.release(f"r{number}", 0.0)
-    assert held.held_bytes("ann") == 1009
+    assert held.held_bytes("ann") == MB + 9
 
 
 def test_even_an_empty_value_counts() -> None:
@@ -104,11 +106,11 @@ def test_even_an_empty_value_counts() -> None:
 
 def test_dropping_frees_and_tells_the_shards_after_what_was_kept() -> None:
     held = registry()
-    scope = keep(held, "a", w=size(1000), v=size(1000))
+    scope = keep(held, "a", w=size(MB), v=size(MB))
 
-    assert held.drop("ann", "session-1", ["w", "nothing"], 0.0) == {"w": size(1000)}
+    assert held.drop("ann", "session-1", ["w", "nothing"], 0.0) == {"w": size(MB)}
     assert held.take_changes() == Settle(["a"], [Dropped(scope, ["w"])])
-    assert held.held_bytes("ann") == 1000
+    assert held.held_bytes("ann") == MB
     assert held.drop_session("ann", "session-1")
     assert not held.drop_session("ann", "session-1")
     assert held.take_changes() == Settle([], [Dropped(scope)])
@@ -117,7 +119,7 @@ def test_dropping_frees_and_tells_the_shards_after_what_was_kept() -> None:
 
 def test_what_a_dropped_session_was_about_to_keep_is_not_kept() -> None:
     held = registry()
-    held.reserve("a", "ann", "session-1", {"w": size(1000)}, 0.0)
+    held.reserve("a", "ann", "session-1", {"w": size(MB)}, 0.0)
     held.drop_session("ann", "session-1")
     held.take_changes()
     fresh = held.reserve("b", "ann", "session-1", {"w": size(10)}, 0.0)
@@ -132,20 +134,20 @@ def test_what_a_dropped_session_was_about_to_keep_is_not_kept() -> None:
 
 def test_idle_sessions_are_dropped_and_busy_ones_are_not() -> None:
     held = registry()
-    keep(held, "a", w=size(1000))
-    held.reserve("b", "bob", "session-1", {"w": size(1000)}, 0.0)
+    keep(held, "a", w=size(MB))
+    held.reserve("b", "bob", "session-1", {"w": size(MB)}, 0.0)
     held.known("ann", "session-1", 50.0)
 
     held.expire(120.0)
-    assert held.held_bytes() == 2000
+    assert held.held_bytes() == 2 * MB
     held.expire(150.0)
-    assert (held.held_bytes("ann"), held.held_bytes("bob")) == (0, 1000)
+    assert (held.held_bytes("ann"), held.held_bytes("bob")) == (0, MB)
     assert held.known("ann", "session-1", 150.0).lost == frozenset()
 
 
 def test_a_lost_replica_loses_everything_and_it_is_remembered_what() -> None:
     held = registry()
-    keep(held, "a", w=size(1000), v=size(1000))
+    keep(held, "a", w=size(MB), v=size(MB))
     held.reserve("queued", "ann", "session-1", {"later": size(500)}, 0.0)
 
     held.lose_all()
@@ -167,7 +169,7 @@ def test_a_lost_replica_loses_everything_and_it_is_remembered_what() -> None:
             st.sampled_from(["reserve", "commit", "release", "drop", "drop_session", "lose"]),
             st.integers(0, 5),
             st.sampled_from("uvw"),
-            st.integers(0, 3000),
+            st.integers(0, 3 * MB),
         ),
         max_size=40,
     )
@@ -194,7 +196,7 @@ def test_the_count_of_bytes_never_drifts(steps: list[tuple[str, int, str, int]])
             held.drop_session(user, "session-1")
         elif what == "lose":
             held.lose_all()
-        assert 0 <= held.held_bytes(user) <= 10_000
+        assert 0 <= held.held_bytes(user) <= 10 * MB
     for request in open_requests:
         held.release(request, 0.0)
     for user in ("ann", "bob"):
