@@ -205,6 +205,11 @@ def check_name(name: Any) -> str:
     return name
 
 
+def name_of(handle: Handle | str) -> str:
+    """Return the name of a held value."""
+    return handle.name if isinstance(handle, Handle) else check_name(handle)
+
+
 def earlier_requests(used: Iterable[Handle]) -> list[str]:
     """Return the requests under way that keep what these handles stand for.
 

@@ -15,14 +15,13 @@ from ndif_client.envoy import Envoy
 from ndif_client.errors import NdifError, NoValueError, ProtocolError
 from ndif_client.explanation import Explanation
 from ndif_client.generation import Generation
-from ndif_client.held import Handle, Holder
+from ndif_client.held import Handle, Holder, name_of
 from ndif_client.local import LocalServer
 from ndif_client.progress import OnProgress, Progress, ProgressDisplay
 from ndif_client.prompts import Messages, Prompt, as_ids
 from ndif_client.submission import Submitter
 from ndif_client.trace import Trace, TraceFunction
 from ndif_client.transport import Transport, quoted
-from ndif_client.uploads import download, fetch, name_of, upload, upload_file
 from ndif_client.wire.messages import (
     DetokenizeRequest,
     HeldSpec,
@@ -197,6 +196,7 @@ class Session:
         return Chain(self)
 
     # ------------------------------------------------------------ held values
+    # What uploading needs is imported when something is uploaded: importing the client is quick.
 
     def held(self, name: str) -> Handle:
         """Return what stands, in the traces of this session, for the value held as `name`.
@@ -230,7 +230,9 @@ class Session:
         Raises:
             GraphError: nothing is held as that.
         """
-        return (await fetch(self, [name_of(handle)])).result[0]
+        from ndif_client import uploads
+
+        return (await uploads.fetch(self, [name_of(handle)])).result[0]
 
     async def upload(self, array: Any, name: str | None = None) -> Handle:
         """Have the server hold a copy of an array or tensor.
@@ -246,7 +248,9 @@ class Session:
             GraphError: it can't be uploaded, or have that name.
             LimitError: it is larger than the server takes, or holds for one user.
         """
-        return await upload(self, array, name)
+        from ndif_client import uploads
+
+        return await uploads.upload(self, array, name)
 
     async def upload_file(
         self, path: str | os.PathLike[str], prefix: str | None = None
@@ -265,7 +269,9 @@ class Session:
             OSError, TensorFileError: the file can't be read.
             LimitError: there is more than the server takes, or holds for one user.
         """
-        return await upload_file(self, path, prefix)
+        from ndif_client import uploads
+
+        return await uploads.upload_file(self, path, prefix)
 
     async def download(
         self, handles: Mapping[str, Handle | str], path: str | os.PathLike[str]
@@ -280,7 +286,9 @@ class Session:
             OSError, TensorFileError: the file can't be written.
             GraphError: one of them is not held.
         """
-        await download(self, handles, path)
+        from ndif_client import uploads
+
+        await uploads.download(self, handles, path)
 
     def _drop_abandoned(self) -> None:
         """Let go of values that nobody has a handle for, by the way."""

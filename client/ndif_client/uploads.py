@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ndif_client.errors import TensorFileError, graph_error
-from ndif_client.held import Handle, check_name
+from ndif_client.held import Handle, name_of
 from ndif_client.proxy import Proxy
 from ndif_client.tensor_files import Tensor, reading, write
 from ndif_client.trace import Trace
@@ -74,11 +74,6 @@ async def download(
         spec = saved.tensor
         tensors[name] = Tensor(spec.dtype, spec.shape, check_buffer(spec, buffers))
     await asyncio.to_thread(write, path, tensors)
-
-
-def name_of(handle: Handle | str) -> str:
-    """Return the name of a held value."""
-    return handle.name if isinstance(handle, Handle) else check_name(handle)
 
 
 async def _upload_all(session: Session, wanted: Sequence[Wanted]) -> list[Handle]:

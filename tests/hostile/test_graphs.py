@@ -18,8 +18,10 @@ from ndif_client.wire.graph import (
     Constant,
     Dots,
     Dtype,
+    Held,
     HookPoint,
     Items,
+    Keep,
     Node,
     Parameter,
     ReadHook,
@@ -86,6 +88,8 @@ nodes: st.SearchStrategy[Node] = st.one_of(
     st.builds(WriteHook, hooks, arguments),
     st.builds(CallModule, paths, st.lists(arguments, max_size=2)),
     st.integers(0, 9).map(lambda node: Save(Ref(node))),
+    st.integers(0, 9).map(lambda node: Keep(Ref(node), "w")),
+    st.just(Held("w")),
 )
 
 OPENING: list[Node] = [
