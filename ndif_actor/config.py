@@ -50,6 +50,10 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         max_queued_bytes: what clients sent for all of these.
         result_ttl_s: how long a result can be fetched again.
         max_result_bytes: memory for kept results.
+        max_held_bytes: memory on each device for the values that the sessions of one user keep on
+            the server.
+        max_held_bytes_in_all: the same for all users together.
+        held_for_s: how long these values stay when their session is idle.
         drain_s: how long running requests may go on after SIGTERM.
         join_timeout_s: how long to wait for all shards to join.
         load_timeout_s: how long a shard may load.
@@ -81,6 +85,9 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     max_queued_bytes: Bytes = 2 << 30
     result_ttl_s: Seconds = 600.0
     max_result_bytes: Bytes = 4 << 30
+    max_held_bytes: Bytes = 1 << 30
+    max_held_bytes_in_all: Bytes = 8 << 30
+    held_for_s: Seconds = 3600.0
 
     drain_s: Seconds = 30.0
     join_timeout_s: Seconds = 300.0

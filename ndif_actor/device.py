@@ -19,7 +19,7 @@ import structlog
 
 from ndif_actor.engine.cpu import kernel_environment
 from ndif_actor.errors import LaunchError
-from ndif_actor.messages import Forget, Load, Loaded, PassDone, RunPass, SwapIn, SwapOut
+from ndif_actor.messages import Forget, Load, Loaded, PassDone, RunPass, Settle, SwapIn, SwapOut
 
 if TYPE_CHECKING:
     import torch
@@ -123,9 +123,11 @@ class Device:
         )
         return done, saved
 
-    def tend(self, message: Forget | SwapOut | SwapIn) -> None:
+    def tend(self, message: Settle | Forget | SwapOut | SwapIn) -> None:
         """Do what is to be done between two passes."""
         match message:
+            case Settle():
+                self._engine.settle(message)
             case Forget(requests=requests):
                 self._engine.forget(requests)
             case SwapOut(request=request):

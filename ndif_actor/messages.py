@@ -1,7 +1,7 @@
 """The messages between a coordinator and the shards of its replica, each the header of one frame.
 
     shard -> coordinator   Hello, Loaded, PassDone, ShardFailed
-    coordinator -> shard   Load, RunPass, Forget, SwapOut, SwapIn, Stop
+    coordinator -> shard   Load, RunPass, Settle, Forget, SwapOut, SwapIn, Stop
 
 Every shard of a replica receives the same messages in the same order. Only `RunPass` is answered,
 and only rank 0 sends values and tokens back; the others answer with an empty `PassDone`.
@@ -9,6 +9,9 @@ and only rank 0 sends values and tokens back; the others answer with an empty `P
 A trace comes and goes with one pass. A generation joins with its first pass and stays on the
 shards until a `Forget`, even after it has failed; its KV cache lies in pages that the coordinator
 hands out.
+
+What a request keeps waits on the shards until a `Settle` says that the request has ended well; what
+no `Settle` has named when the next `RunPass` comes is gone.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ import msgspec
 
 from ndif_client.wire.frames import FrameLimits
 from ndif_client.wire.graph import Graph
-from ndif_client.wire.messages import Decoding, Fault, SavedTensor, SavedTuple
+from ndif_client.wire.messages import Decoding, Fault, HeldSpec, SavedTensor, SavedTuple
 
 #: How a pass lays out its groups: end to end in one row, or one request padded to a rectangle.
 Layout = Literal["packed", "dense"]
@@ -78,6 +81,8 @@ class Group(msgspec.Struct, frozen=True, kw_only=True):
             None for a trace.
         cached: for each sequence of a generation, the pages of the KV cache that already hold the
             beginning of its prompt; all of them are full, and none holds its last token.
+        scope: whose held values it uses and keeps.
+        held: what the values are that it uses, by name.
     """
 
     request: str
@@ -86,6 +91,8 @@ class Group(msgspec.Struct, frozen=True, kw_only=True):
     sharing: int
     decoding: Decoding | None = None
     cached: list[list[int]] = []
+    scope: str = ""
+    held: dict[str, HeldSpec] = {}
 
 
 class Feed(msgspec.Struct, frozen=True):
@@ -120,6 +127,20 @@ class RunPass(msgspec.Struct, frozen=True, tag="run", kw_only=True):
     layout: Layout
     groups: list[Group]
     parts: list[Part] = []
+
+
+class Dropped(msgspec.Struct, frozen=True):
+    """Held values that nobody needs any more; all of a scope where `names` is None."""
+
+    scope: str
+    names: list[str] | None = None
+
+
+class Settle(msgspec.Struct, frozen=True, tag="settle"):
+    """What the requests `kept` have kept is held from now on; then `dropped` goes."""
+
+    kept: list[str]
+    dropped: list[Dropped]
 
 
 class Forget(msgspec.Struct, frozen=True, tag="forget"):
@@ -174,7 +195,7 @@ class Stop(msgspec.Struct, frozen=True, tag="stop"):
     """Leave the group and exit cleanly."""
 
 
-ToShard = Load | RunPass | Forget | SwapOut | SwapIn | Stop
+ToShard = Load | RunPass | Settle | Forget | SwapOut | SwapIn | Stop
 FromShard = Hello | Loaded | PassDone | ShardFailed
 
 #: What these links accept: both sides are this program, and clients' limits have held before.

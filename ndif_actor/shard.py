@@ -28,6 +28,7 @@ from ndif_actor.messages import (
     Hello,
     Load,
     RunPass,
+    Settle,
     ShardFailed,
     Stop,
     SwapIn,
@@ -94,7 +95,7 @@ class ShardActor:
                         await self._load(load)
                     case RunPass() as message:
                         await self._run_pass(message, received.buffers)
-                    case Forget() | SwapOut() | SwapIn() as message:
+                    case Settle() | Forget() | SwapOut() | SwapIn() as message:
                         await self._thread.call(self._device.tend, message)
                     case Stop():
                         return await self._leave()

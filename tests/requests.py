@@ -37,6 +37,7 @@ from ndif_client.wire.graph import (
     WriteGradient,
     WriteHook,
 )
+from ndif_client.wire.messages import HeldSpec
 from ndif_client.wire.tensors import TensorSpec, export_array, import_array
 from tests.models import CONFIGS, UNPACKABLE
 from tests.oracle import Invokes, Oracle, Saved
@@ -184,10 +185,20 @@ def argument(value: Any) -> Argument:
 
 
 class Request:
-    """A graph and the prompts it runs on; equal `sharing` lets equal prompts share their rows."""
+    """A graph and the prompts it runs on; equal `sharing` lets equal prompts share their rows.
 
-    def __init__(self, recorder: Recorder, invokes: Invokes, sharing: int = 0) -> None:
+    `held` says what the held values are that it uses.
+    """
+
+    def __init__(
+        self,
+        recorder: Recorder,
+        invokes: Invokes,
+        sharing: int = 0,
+        held: dict[str, HeldSpec] | None = None,
+    ) -> None:
         self.recorder = recorder
+        self.held = held or {}
         self.sharing = sharing
         self.invokes = [[list(ids) for ids in prompts] for prompts in invokes]
 
@@ -200,6 +211,8 @@ class Request:
             invokes=self.invokes,
             graph=Graph(nodes, own.sources, own.at, own.steps, own.during),
             sharing=self.sharing,
+            scope="scope",
+            held=self.held,
         )
 
     def on(self, oracle: Oracle) -> Saved:

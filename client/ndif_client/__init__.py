@@ -9,11 +9,13 @@ Needs neither torch nor transformers. For scripts without `await` see `ndif_clie
 """
 
 from ndif_client import errors, ops
+from ndif_client.chain import Chain
 from ndif_client.edits import Edit
 from ndif_client.envoy import Envoy
 from ndif_client.errors import NdifError
 from ndif_client.explanation import Explanation
 from ndif_client.generation import Generation
+from ndif_client.held import Handle
 from ndif_client.progress import Progress
 from ndif_client.proxy import Proxy
 from ndif_client.results import Result
@@ -23,11 +25,13 @@ from ndif_client.trace import Trace
 from ndif_client.wire.messages import Completion
 
 __all__ = [
+    "Chain",
     "Completion",
     "Edit",
     "Envoy",
     "Explanation",
     "Generation",
+    "Handle",
     "NdifError",
     "Progress",
     "Proxy",

@@ -13,43 +13,42 @@ One implementation: everything runs on a private event loop in a thread of its o
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Iterator, Sequence
+import os
+from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any, TypedDict, TypeVar, Unpack, overload
+from typing import Any, TypeVar, Unpack, overload
 
-from ndif_client.blocking_traces import BlockingGeneration, BlockingTrace, LoopThread, awaited
-from ndif_client.decoding import DecodingOptions
+from ndif_client.blocking_traces import (
+    BlockingChain,
+    BlockingGeneration,
+    BlockingTrace,
+    LoopThread,
+    awaited,
+)
 from ndif_client.edits import Edit, EditRecording, Edits
 from ndif_client.envoy import Envoy
 from ndif_client.errors import BlockingCallError, graph_error
 from ndif_client.explanation import Explanation
-from ndif_client.progress import OnProgress
-from ndif_client.prompts import Messages, Prompt
+from ndif_client.generation import GenerateOptions
+from ndif_client.held import Handle
+from ndif_client.prompts import Prompt
 from ndif_client.results import Result
 from ndif_client.session import Session
 from ndif_client.session import connect as connect_async
-from ndif_client.trace import Trace, TraceFunction
-from ndif_client.wire.messages import ModelSummary, ModelTree, Numerics, TokenizeReply
+from ndif_client.trace import Trace, TraceFunction, TraceOptions
+from ndif_client.wire.messages import HeldSpec, ModelSummary, ModelTree, TokenizeReply
 from ndif_client.wire.tensors import ArrayKind
 
-__all__ = ["BlockingGeneration", "BlockingSession", "BlockingTrace", "connect"]
+__all__ = [
+    "BlockingChain",
+    "BlockingGeneration",
+    "BlockingSession",
+    "BlockingTrace",
+    "connect",
+]
 
 T = TypeVar("T")
-
-
-class TraceOptions(TypedDict, total=False):
-    """The arguments of `Session.trace` after the first two."""
-
-    messages: Messages | None
-    numerics: Numerics
-    seed: int | None
-    on_progress: OnProgress | None
-    progress: bool
-
-
-class GenerateOptions(DecodingOptions, TraceOptions, total=False):
-    """The arguments of `Session.generate` after the first two."""
 
 
 class BlockingSession:
@@ -178,6 +177,53 @@ class BlockingSession:
             raise errors[0]
         if errors:
             raise ExceptionGroup(f"{len(errors)} of {len(traces)} traces failed", errors)
+
+    @contextmanager
+    def chain(self) -> Iterator[BlockingChain]:
+        """Run all traces recorded inside of the block at its end, one after another.
+
+        As `Session.chain`; each trace is recorded by `with chain.trace(...):`.
+        """
+        self._refuse_together("chain")
+        chain = self._session.chain()
+        chain._begin()
+        try:
+            yield BlockingChain(chain, self)
+        except BaseException as error:
+            chain._end(error)
+            raise
+        chain._end(None)
+        self._thread.call(chain._run())
+
+    def held(self, name: str) -> Handle:
+        """Return what stands for a held value; as `Session.held`."""
+        return self._session.held(name)
+
+    def held_values(self) -> dict[str, HeldSpec]:
+        """Return what the server holds for this session; as `Session.held_values`."""
+        return self._thread.call(self._session.held_values())
+
+    def drop(self, *handles: Handle | str) -> None:
+        """Have the server let go of held values; as `Session.drop`."""
+        self._thread.call(self._session.drop(*handles))
+
+    def fetch(self, handle: Handle | str) -> Any:
+        """Return a held value; as `Session.fetch`."""
+        return self._thread.call(self._session.fetch(handle))
+
+    def upload(self, array: Any, name: str | None = None) -> Handle:
+        """Have the server hold a copy of an array or tensor; as `Session.upload`."""
+        return self._thread.call(self._session.upload(array, name))
+
+    def upload_file(
+        self, path: str | os.PathLike[str], prefix: str | None = None
+    ) -> dict[str, Handle]:
+        """Have the server hold the tensors of a file; as `Session.upload_file`."""
+        return self._thread.call(self._session.upload_file(path, prefix))
+
+    def download(self, handles: Mapping[str, Handle | str], path: str | os.PathLike[str]) -> None:
+        """Write held values to a file; as `Session.download`."""
+        self._thread.call(self._session.download(handles, path))
 
     def tokenize(self, text: str) -> TokenizeReply:
         """Return how the model's tokenizer splits a text: `ids`, and the text of each."""

@@ -7,15 +7,16 @@ import threading
 from collections.abc import Awaitable, Coroutine, Iterator
 from contextlib import AbstractContextManager
 from types import TracebackType
-from typing import Any, Generic, Protocol, Self, TypeVar
+from typing import Any, Generic, Protocol, Self, TypeVar, Unpack
 
+from ndif_client.chain import Chain
 from ndif_client.explanation import Explanation
-from ndif_client.generation import Generation, StepsIndex
+from ndif_client.generation import GenerateOptions, Generation, StepsIndex
 from ndif_client.prompts import Messages, Prompt
 from ndif_client.results import Result
 from ndif_client.scanning import Scan
 from ndif_client.streaming import Token, TokenStream
-from ndif_client.trace import Trace
+from ndif_client.trace import Trace, TraceOptions
 
 T = TypeVar("T")
 TraceT = TypeVar("TraceT", bound=Trace)
@@ -168,6 +169,43 @@ class BlockingGeneration(_Blocking[Generation]):
         stream = TokenStream(self._trace)
         while (token := self._runner.wait(_next(stream))) is not None:
             yield token
+
+
+class BlockingChain:
+    """Traces that run one after another at the end of the chain's block; as `ndif_client.Chain`."""
+
+    def __init__(self, chain: Chain, runner: Runner) -> None:
+        self._chain = chain
+        self._runner: Runner = _InChain(runner)
+
+    @property
+    def results(self) -> list[Result]:
+        """What came back for each of them, when the chain has run."""
+        return self._chain.results
+
+    def trace(self, prompt: Prompt | None = None, **options: Unpack[TraceOptions]) -> BlockingTrace:
+        """Add a trace, which `with` records."""
+        return BlockingTrace(self._chain.trace(prompt, **options), self._runner)
+
+    def generate(
+        self, prompt: Prompt | None = None, **options: Unpack[GenerateOptions]
+    ) -> BlockingGeneration:
+        """Add a generation, which `with` records."""
+        return BlockingGeneration(self._chain.generate(prompt, **options), self._runner)
+
+
+class _InChain:
+    """Leaves recorded traces to the end of their chain."""
+
+    def __init__(self, runner: Runner) -> None:
+        self._runner = runner
+
+    def wait(self, work: Coroutine[Any, Any, T]) -> T:
+        """Run a coroutine on the session's event loop and wait for it."""
+        return self._runner.wait(work)
+
+    def run(self, trace: Trace) -> None:
+        """Leave it."""
 
 
 async def awaited(awaitable: Awaitable[T]) -> T:

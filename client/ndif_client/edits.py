@@ -21,6 +21,7 @@ from typing import Any
 import msgspec
 
 from ndif_client.errors import NdifError, UnknownNameError, graph_error
+from ndif_client.held import Handle, Holder
 from ndif_client.recorder import Recorder
 from ndif_client.sources import capture
 from ndif_client.steps import PREFILL_BLOCK, Block
@@ -28,6 +29,7 @@ from ndif_client.wire.frames import FrameError, FrameLimits, encode_frame, split
 from ndif_client.wire.graph import (
     Constant,
     Graph,
+    Held,
     HookPoint,
     Invoke,
     Parameter,
@@ -63,9 +65,20 @@ class Edit:
         self.model = model
         self._graph = graph
         self._buffers = buffers
+        #: the held values that it uses, by name
+        self._handles: dict[str, Handle] = {}
 
     def save(self, file: str | Path) -> None:
-        """Write it to a file, which holds no code."""
+        """Write it to a file, which holds no code.
+
+        Raises:
+            NdifError: it uses values that only the server holds.
+        """
+        if self._handles:
+            raise NdifError(
+                f"the edit {self.name!r} uses values held on the server; fetch them "
+                f"({', '.join(self._handles)}), and record it with what you get"
+            )
         header = _Header(format=FORMAT, name=self.name, model=self.model, graph=self._graph)
         parts = encode_frame(msgspec.msgpack.encode(header), self._buffers)
         Path(file).write_bytes(b"".join(bytes(part) for part in parts))
@@ -110,11 +123,11 @@ class Edit:
 class EditRecording(AbstractContextManager[Edit]):
     """The block in which an edit is recorded."""
 
-    def __init__(self, name: str, tree: ModelTree) -> None:
+    def __init__(self, name: str, tree: ModelTree, holder: Holder) -> None:
         if not isinstance(name, str) or not name:
             raise graph_error(f"an edit has a name, not {name!r:.80}")
         self._edit = Edit(name, tree.id, Graph(), [])
-        self._recorder = Recorder(edits=True)
+        self._recorder = Recorder(holder=holder, edits=True)
         self._recorder.invokes.append(Invoke(["the prompt of each trace"]))
         self._block = self._recorder.recording(0)
 
@@ -132,10 +145,11 @@ class EditRecording(AbstractContextManager[Edit]):
         self._recorder.close(capture())
         if error is not None:
             return
-        if not self._recorder.has_writes:
+        if not self._recorder.has_effects:
             raise graph_error(f"the edit {self._edit.name!r} changes nothing: write something")
         self._edit._graph = self._recorder.graph()
         self._edit._buffers = list(self._recorder.buffers)
+        self._edit._handles = dict(self._recorder.used)
 
 
 class Edits:
@@ -210,6 +224,13 @@ class _Player:
                 return recorder.constant_bytes(spec.dtype, tuple(spec.shape), data)
             case Parameter(path=path):
                 return recorder.parameter(path)
+            case Held(name=name):
+                handle = self._edit._handles[name]
+                if handle._holder is not recorder.holder:
+                    raise graph_error(
+                        f"the edit {self._edit.name!r} uses a value that another session holds"
+                    )
+                return recorder.held(handle)
             case ReadHook(hook=hook):
                 return recorder.read(hook, self._info(hook))
             case WriteHook(hook=hook):

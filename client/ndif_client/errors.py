@@ -17,6 +17,7 @@
     |-- ConnectError              the server can't be reached
     |-- ServerStartError          the private server of `connect("local:...")` did not start
     |-- NoValueError              a value is asked for that was not saved, or not computed
+    |-- TensorFileError           a file of tensors can't be read or written
     `-- BlockingCallError         the blocking form was called where `await` is needed
 
 Those that answer for a line of the user's end with that line; `fault` has it as data.
@@ -119,6 +120,10 @@ class ServerStartError(NdifError):
 
 class NoValueError(NdifError):
     """A value is asked for that was not saved, or has not been computed."""
+
+
+class TensorFileError(NdifError):
+    """A file of tensors can't be read, or something can't be written to one."""
 
 
 class BlockingCallError(NdifError):

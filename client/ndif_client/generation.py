@@ -17,16 +17,19 @@ from ndif_client.decoding import DecodingOptions, as_decoding
 from ndif_client.errors import ClosedTraceError, graph_error
 from ndif_client.progress import OnProgress, Progress
 from ndif_client.prompts import Messages, Prompt
-from ndif_client.recorder import Recorder
 from ndif_client.steps import PREFILL_BLOCK, Block, block_at
 from ndif_client.streaming import Token, TokenLog, TokenStream
 from ndif_client.submission import Pending, Reply
-from ndif_client.trace import Trace, TraceFunction
+from ndif_client.trace import Trace, TraceFunction, TraceOptions
 from ndif_client.wire.graph import Steps
 from ndif_client.wire.messages import Decoding, Generated, Numerics
 
 if TYPE_CHECKING:
     from ndif_client.session import Session
+
+
+class GenerateOptions(DecodingOptions, TraceOptions, total=False):
+    """The arguments of `Session.generate` after the first two."""
 
 
 class StepsIndex:
@@ -87,9 +90,6 @@ class Generation(Trace):
             seed=self._decoding.seed,
             on_progress=on_progress,
         )
-
-    def _new_recorder(self, seed: int) -> Recorder:
-        return Recorder(seed=seed, generates=True)
 
     # ------------------------------------------------------------ recording
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ndif_client.arguments import encode_content
 from ndif_client.errors import UnknownNameError, graph_error
@@ -14,6 +14,9 @@ from ndif_client.sources import capture
 from ndif_client.values import Delegate, Hooked, Value, node_of
 from ndif_client.wire.graph import HookPoint
 from ndif_client.wire.messages import HookInfo
+
+if TYPE_CHECKING:
+    from ndif_client.held import Handle
 
 
 def read_hook(path: str, info: HookInfo) -> Proxy:
@@ -122,6 +125,10 @@ class HookTuple(Delegate):
     def save(self, name: str | None = None) -> Proxy:
         """Save the one tensor there is; of several, save each by itself."""
         return self._sole_value().save(name)
+
+    def keep(self, name: str | None = None) -> Handle:
+        """Keep the one tensor there is; of several, keep each by itself."""
+        return self._sole_value().keep(name)
 
     def _sole_value(self) -> Proxy:
         if len(self._infos) != 1:

@@ -27,6 +27,9 @@ from ndif_client.wire.catalogue import ALIASES, CATALOGUE, Op
 from ndif_client.wire.graph import Apply, Dots, Items, Ref
 from ndif_client.wire.tensors import is_array
 
+if TYPE_CHECKING:
+    from ndif_client.held import Handle
+
 #: What Python may ask of a tensor but not of a value that is still to be computed.
 _UNKNOWN = {
     "__bool__": "whether it is true; use ops.where(condition, a, b) in the place of `if`, `and`, "
@@ -88,6 +91,23 @@ class Proxy(Value, MethodTypes):
             self._recorder.name(name, number)
         self._saved = number
         return self
+
+    def keep(self, name: str | None = None) -> Handle:
+        """Have the value stay on the server, for later traces of this session.
+
+        Args:
+            name: `session.held(name)` finds it again; what was held as that before is replaced. By
+                default it has none, and stays as long as the handle does.
+
+        Returns:
+            What stands for it in later traces; it is there when this one has ended well.
+
+        Raises:
+            GraphError: this is a generation, or it keeps another value as that.
+        """
+        holder = self._recorder.holder
+        assert holder is not None, "every session has one"
+        return holder.keep(self, name)
 
     @property
     def value(self) -> Any:

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 from msgspec.structs import replace
@@ -39,8 +40,10 @@ from ndif_client.wire.graph import (
     Condition,
     Constant,
     Graph,
+    Held,
     HookPoint,
     Invoke,
+    Keep,
     Node,
     Parameter,
     ReadGradient,
@@ -56,6 +59,9 @@ from ndif_client.wire.graph import (
 from ndif_client.wire.messages import HookInfo
 from ndif_client.wire.tensors import TensorSpec, export_array
 
+if TYPE_CHECKING:
+    from ndif_client.held import Handle, Holder
+
 #: Arrays of one trace: a frame has no more buffers.
 _MAX_CONSTANTS = FrameLimits().max_buffers
 
@@ -63,6 +69,21 @@ _MAX_CONSTANTS = FrameLimits().max_buffers
 _MAX_NAME = 256
 
 _current: ContextVar[Recorder | None] = ContextVar("ndif_recorder", default=None)
+
+
+@dataclass(slots=True)
+class Origin:
+    """How far the trace is that is recorded, for those who wait for what it keeps.
+
+    Attributes:
+        request: its id.
+        failure: why nothing will come of it.
+    """
+
+    request: str
+    was_submitted: bool = False
+    has_ended: bool = False
+    failure: BaseException | None = None
 
 
 class Recorder:
@@ -75,23 +96,41 @@ class Recorder:
         buffers: the bytes of the constants, copied when they were recorded.
         names: what the saved values are called; a name may stand for a list or dict of them.
         result: what came back, once it has.
-        failure: why nothing will come back.
+        holder: what its session holds on the server.
+        origin: how far it is.
+        used, kept: handles of the held values that it uses, and of those that it keeps, by name.
         seed: of the random operations.
         generates: whether it is about a generation.
         edits: whether it is about an edit, which nothing comes back from.
         backward: number of the node whose gradients `.grad` means now.
+
+    Args:
+        request: its id.
+        holder, seed, generates, edits: as above.
     """
 
-    def __init__(self, *, seed: int = 0, generates: bool = False, edits: bool = False) -> None:
+    def __init__(
+        self,
+        request: str = "",
+        holder: Holder | None = None,
+        *,
+        seed: int = 0,
+        generates: bool = False,
+        edits: bool = False,
+    ) -> None:
+        self.holder = holder
+        self.origin = Origin(request)
         self.seed = seed
         self.edits = edits
+        self.used: dict[str, Handle] = {}
+        self.kept: dict[str, Handle] = {}
         self.invokes: list[Invoke] = []
         self.invoke: int | None = None
         self.block = PREFILL_BLOCK
         self.buffers: list[bytes] = []
         self.names: dict[str, Layout] = {}
         self.result: Result | None = None
-        self.failure: BaseException | None = None
+        self._failure: BaseException | None = None
         self.closed_at: Source | None = None
         self.generates = generates
         self.backward: int | None = None
@@ -110,12 +149,23 @@ class Recorder:
         self._source_numbers: dict[tuple[str, int], int] = {}
         self._constants: dict[tuple[str, tuple[int, ...]], list[int]] = {}
         self._parameters: dict[str, int] = {}
+        self._held: dict[str, int] = {}
+        self._keeps: dict[str, int] = {}
         self._saves: dict[int, int] = {}
         self._last_writes: dict[tuple[HookPoint, int], dict[Steps, int]] = {}
         self._reads: dict[tuple[HookPoint, int, int | None], int] = {}
         self._first_reads: dict[int, int] = {}
         self._skipped: dict[tuple[str, int], list[tuple[Steps, Source]]] = {}
         self._gradient_writes: dict[tuple[int, int], int] = {}
+
+    @property
+    def failure(self) -> BaseException | None:
+        """Why nothing will come back."""
+        return self._failure
+
+    @failure.setter
+    def failure(self, failure: BaseException | None) -> None:
+        self._failure = self.origin.failure = failure
 
     # ------------------------------------------------------------ life
 
@@ -287,7 +337,7 @@ class Recorder:
         self.check_open()
         number = len(self._nodes)
         under = self._under
-        if isinstance(node, Constant | Parameter):
+        if isinstance(node, Constant | Parameter | Held):
             under = 0
         elif isinstance(node, Save):
             under = self._guards[node.value.node]
@@ -295,7 +345,7 @@ class Recorder:
             raise LimitError(
                 f"a trace has at most {MAX_NODES} operations; split it into several traces"
             )
-        if isinstance(node, Constant | Parameter):
+        if isinstance(node, Constant | Parameter | Held):
             block = PREFILL_BLOCK
         block = block or self.block
         uses = references(node)
@@ -423,9 +473,9 @@ class Recorder:
         return not self._nodes
 
     @property
-    def has_writes(self) -> bool:
-        """Whether any hook point is written."""
-        return bool(self._last_writes)
+    def has_effects(self) -> bool:
+        """Whether any hook point is written, or a value kept."""
+        return bool(self._last_writes) or bool(self._keeps)
 
     def constant(self, value: Any) -> Ref:
         """Record a copy of an array or tensor; equal ones are sent once.
@@ -461,6 +511,43 @@ class Recorder:
         if path not in self._parameters:
             self._parameters[path] = self.add(Parameter(path))
         return self._parameters[path]
+
+    def held(self, handle: Handle) -> int:
+        """Record that a held value is used, once; what this trace keeps is used as it is here."""
+        name = handle.name
+        if name in self._keeps:
+            keep = self._nodes[self._keeps[name]]
+            assert isinstance(keep, Keep)
+            return keep.value.node
+        if name not in self._held:
+            self._held[name] = self.add(Held(name))
+            self.used[name] = handle
+        return self._held[name]
+
+    def keep(self, node: int, name: str) -> None:
+        """Record that a value is to be held on the server as `name`, when all has gone well.
+
+        Raises:
+            GraphError: this is a generation, or it keeps another value as that.
+        """
+        if self.edits:
+            raise graph_error("nothing stays from an edit, so nothing can be kept in it")
+        if self._guards[node] or self._under:
+            raise graph_error(
+                "what is kept must be made in any case, so it can't be kept in a `when` block; "
+                "keep what trace.choose(...) gives"
+            )
+        if self.generates:
+            raise graph_error(
+                "a generation can't keep values: save this one, and upload it, or keep it in a "
+                "trace"
+            )
+        if name in self._keeps:
+            raise graph_error(
+                f"this trace keeps another value as {name!r} already",
+                other=self.source_of(self._keeps[name]),
+            )
+        self._keeps[name] = self.add(Keep(Ref(node), name))
 
     def save(self, node: int) -> int:
         """Record that a value is to be sent back, once; return the number of the save.

@@ -213,6 +213,11 @@ class Result:
             self._values[number] = values if block.as_list else values[0]
         return self._values[number]
 
+    def _raw(self, name: str) -> tuple[SavedTensor | SavedTuple, list[memoryview]]:
+        """Return what one save of a trace has sent, and the buffers it refers to."""
+        (number,) = leaves(self._layout(name))
+        return self._saved[number][0], self._buffers
+
     def _block(self, number: int) -> Block:
         return self._blocks.get(number, PREFILL_BLOCK)
 

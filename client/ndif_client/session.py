@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
+import os
 from collections.abc import Callable, Coroutine, Generator, Mapping, Sequence
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from copy import copy
 from types import TracebackType
 from typing import Any
 
+from ndif_client.chain import Chain
 from ndif_client.edits import Edit, EditRecording, Edits
 from ndif_client.envoy import Envoy
-from ndif_client.errors import NdifError, ProtocolError
+from ndif_client.errors import NdifError, NoValueError, ProtocolError
 from ndif_client.explanation import Explanation
 from ndif_client.generation import Generation
+from ndif_client.held import Handle, Holder, name_of
 from ndif_client.local import LocalServer
 from ndif_client.progress import OnProgress, Progress, ProgressDisplay
 from ndif_client.prompts import Messages, Prompt, as_ids
@@ -22,6 +26,7 @@ from ndif_client.trace import Trace, TraceFunction
 from ndif_client.transport import Transport, quoted
 from ndif_client.wire.messages import (
     DetokenizeRequest,
+    HeldSpec,
     ModelList,
     ModelSummary,
     ModelTree,
@@ -32,6 +37,9 @@ from ndif_client.wire.messages import (
 from ndif_client.wire.tensors import ArrayKind
 
 _LOCAL = "local:"
+
+#: Seconds that dropping what is held may take while the session closes.
+_DROP_S = 2.0
 
 
 class Session:
@@ -48,6 +56,8 @@ class Session:
         self.model = Envoy(tree.root)
         self.edits = Edits()
         self._transport = transport
+        self._holder = Holder(transport)
+        self._tidying: set[asyncio.Task[None]] = set()
         self._tensors: ArrayKind = tensors
         self._submitter = Submitter(transport)
         self._display = ProgressDisplay()
@@ -184,6 +194,122 @@ class Session:
             on_progress=self._shown(on_progress, progress),
         )
 
+    def chain(self) -> Chain:
+        """Open a chain of traces, which are sent together and run one after another.
+
+        Example:
+            async with session.chain() as chain:
+                for batch in batches:
+                    with chain.trace(batch) as trace:
+                        ...
+                        new.keep("weights")  # and the next one uses session.held("weights")
+        """
+        return Chain(self)
+
+    # ------------------------------------------------------------ held values
+    # What uploading needs is imported when something is uploaded: importing the client is quick.
+
+    def held(self, name: str) -> Handle:
+        """Return what stands, in the traces of this session, for the value held as `name`.
+
+        Whether there is one is found out when a trace that uses it is sent.
+
+        Raises:
+            GraphError: that can't be a name.
+        """
+        return self._holder.handle(name)
+
+    async def held_values(self) -> dict[str, HeldSpec]:
+        """Return what the server holds for this session: dtype and shape, by name."""
+        return (await self._holder.values()).held
+
+    async def drop(self, *handles: Handle | str) -> None:
+        """Have the server let go of held values at once.
+
+        Raises:
+            NoValueError: one of them was not held.
+        """
+        names = [name_of(handle) for handle in handles]
+        dropped = (await self._holder.drop(names)).held
+        absent = [name for name in names if name not in dropped]
+        if absent:
+            raise NoValueError(f"nothing was held as {', '.join(map(repr, absent))}")
+
+    async def fetch(self, handle: Handle | str) -> Any:
+        """Return a held value: a tensor or array, or a tuple of them.
+
+        Raises:
+            GraphError: nothing is held as that.
+        """
+        from ndif_client import uploads
+
+        return (await uploads.fetch(self, [name_of(handle)])).result[0]
+
+    async def upload(self, array: Any, name: str | None = None) -> Handle:
+        """Have the server hold a copy of an array or tensor.
+
+        What is held already, with the same content, is not sent again.
+
+        Args:
+            array: a numpy array or torch tensor.
+            name: `session.held(name)` finds it again; by default it has none, and stays as long as
+                the handle does.
+
+        Raises:
+            GraphError: it can't be uploaded, or have that name.
+            LimitError: it is larger than the server takes, or holds for one user.
+        """
+        from ndif_client import uploads
+
+        return await uploads.upload(self, array, name)
+
+    async def upload_file(
+        self, path: str | os.PathLike[str], prefix: str | None = None
+    ) -> dict[str, Handle]:
+        """Have the server hold the tensors of a safetensors file.
+
+        Args:
+            path: of the file.
+            prefix: the tensors are held under this and their names in the file; by default they
+                have no names, and stay as long as their handles do.
+
+        Returns:
+            What stands for each, by its name in the file.
+
+        Raises:
+            OSError, TensorFileError: the file can't be read.
+            LimitError: there is more than the server takes, or holds for one user.
+        """
+        from ndif_client import uploads
+
+        return await uploads.upload_file(self, path, prefix)
+
+    async def download(
+        self, handles: Mapping[str, Handle | str], path: str | os.PathLike[str]
+    ) -> None:
+        """Write held values to a safetensors file, which appears when it is complete.
+
+        Args:
+            handles: what to write, by the names that it is to have in the file.
+            path: of the file; one that is there is replaced.
+
+        Raises:
+            OSError, TensorFileError: the file can't be written.
+            GraphError: one of them is not held.
+        """
+        from ndif_client import uploads
+
+        await uploads.download(self, handles, path)
+
+    def _drop_abandoned(self) -> None:
+        """Let go of values that nobody has a handle for, by the way."""
+        if self._holder.has_abandoned:
+            task = asyncio.get_running_loop().create_task(self._holder.drop_abandoned())
+            self._tidying.add(task)
+            task.add_done_callback(self._tidying.discard)
+
+    # ------------------------------------------------------------ the rest
+
     async def explain(self, trace: Trace) -> Explanation:
         """Return what a trace or generation would cost, without running it; print it to read it.
 
@@ -207,7 +333,7 @@ class Session:
                 session.model.layers[3].mlp.output *= 0
             session.edits.add(quiet)
         """
-        return EditRecording(name, self.tree)
+        return EditRecording(name, self.tree, self._holder)
 
     def with_edits(self, *edits: Edit) -> Session:
         """Return another handle of this session, with these edits besides its own.
@@ -241,12 +367,21 @@ class Session:
         return (await self._transport.get("/v1/models", ModelList)).data
 
     async def close(self) -> None:
-        """Cancel what is under way, close all connections, stop a private server."""
+        """Cancel what is under way, drop what is held, close all connections.
+
+        A private server is stopped.
+        """
         if self._shares:
             return
         self._display.close()
+        for task in list(self._tidying):
+            task.cancel()
         try:
             await self._submitter.close()
+            if self._holder.has_kept:
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(_DROP_S):
+                        await self._holder.drop_all()
         finally:
             await self._resources.aclose()
 

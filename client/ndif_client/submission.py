@@ -1,8 +1,9 @@
 """Requests on their way: sent together where they can be, followed until each has ended.
 
 Requests submitted in the same turn of the event loop, as `asyncio.gather` does, go out in one
-POST, so that the server admits them together and they can share a forward. When the stream of
-their events breaks, each is asked for by its id.
+POST, so that the server admits them together and they can share a forward. One that comes after a
+request of another POST is sent when that has arrived. When the stream of their events breaks, each
+is asked for by its id.
 """
 
 from __future__ import annotations
@@ -63,7 +64,10 @@ class Pending:
         on_token: Callable[[Generated], None] | None = None,
     ) -> None:
         self.id = request.id
+        self.after = request.after
         self.encoded = Encoded(request, buffers)
+        #: set when the server knows of it, or will never do so
+        self.arrived = asyncio.Event()
         self.reply: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
         self.was_sent = False
         self.was_heard_of = False
@@ -74,6 +78,7 @@ class Pending:
     def take(self, event: Event, buffers: list[memoryview]) -> None:
         """Note what the server says of this request."""
         self.was_heard_of = True
+        self.arrived.set()
         if self.reply.done():
             return
         if isinstance(event, Done):
@@ -91,6 +96,7 @@ class Pending:
 
     def fail(self, error: BaseException) -> None:
         """End the request without an answer of its own."""
+        self.arrived.set()
         if not self.reply.done():
             self.reply.set_exception(error)
 
@@ -178,14 +184,27 @@ class Submitter:
         for count, frame in frames_of([p.encoded for p in waiting]):
             batch = waiting[start : start + count]
             start += count
+            before = self._others_before(batch)
             for pending in batch:
                 pending.was_sent = True
-            task = _task(self._carry(batch, frame), lambda task: self._carried.pop(task, None))
+            carrying = self._carry(batch, frame, before)
+            task = _task(carrying, lambda task: self._carried.pop(task, None))
             self._carried[task] = batch
 
-    async def _carry(self, batch: list[Pending], frame: Sequence[Buffer]) -> None:
+    def _others_before(self, batch: list[Pending]) -> list[Pending]:
+        """Return the requests of other batches that some of this one come after."""
+        wanted = {name for pending in batch for name in pending.after}
+        if not wanted:
+            return []
+        return [p for other in self._carried.values() for p in other if p.id in wanted]
+
+    async def _carry(
+        self, batch: list[Pending], frame: Sequence[Buffer], before: list[Pending]
+    ) -> None:
         """Send a batch and follow it to its end; whatever goes wrong ends its requests."""
         try:
+            for other in before:
+                await other.arrived.wait()
             if not await self._send(batch, frame):
                 await asyncio.gather(*map(self._ask, _open(batch)))
         except Exception as error:
@@ -197,6 +216,8 @@ class Submitter:
         by_id = {pending.id: pending for pending in batch}
         try:
             async with self._transport.frames("POST", "/v1/traces", frame) as stream:
+                for pending in batch:
+                    pending.arrived.set()
                 while _open(batch):
                     _hand_out(await stream.read(), by_id)
                 await stream.finish()

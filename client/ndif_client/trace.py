@@ -13,13 +13,20 @@ import warnings
 from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, Any, ClassVar, Self, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypedDict, get_args
 
 from ndif_client.branches import Branch, branch, choose, while_loop
 from ndif_client.caching import Cache, Modules
 from ndif_client.decoding import as_seed
-from ndif_client.errors import ClosedTraceError, NoValueError, TraceCancelledError, graph_error
+from ndif_client.errors import (
+    ClosedTraceError,
+    GraphError,
+    NoValueError,
+    TraceCancelledError,
+    graph_error,
+)
 from ndif_client.explanation import Explanation
+from ndif_client.held import earlier_requests
 from ndif_client.naming import complete_names, save_structure, unsaved_variables
 from ndif_client.progress import OnProgress, Progress
 from ndif_client.prompts import Messages, Prompt, as_invoke
@@ -29,15 +36,32 @@ from ndif_client.results import Result
 from ndif_client.scanning import Scan
 from ndif_client.sources import capture, user_frame
 from ndif_client.steps import Block
-from ndif_client.submission import Pending
+from ndif_client.submission import Pending, Reply
 from ndif_client.wire.graph import MAX_INVOKES
-from ndif_client.wire.messages import Decoding, Generated, Numerics, Queued, Running, TraceRequest
+from ndif_client.wire.messages import (
+    MAX_AFTER,
+    Decoding,
+    Generated,
+    Numerics,
+    Queued,
+    Running,
+    TraceRequest,
+)
 
 if TYPE_CHECKING:
     from ndif_client.session import Session
 
 #: What a function given to `session.trace` may be.
 TraceFunction = Callable[[Any], Any]
+
+
+class TraceOptions(TypedDict, total=False):
+    """The arguments of `Session.trace` after the first two."""
+
+    messages: Messages | None
+    numerics: Numerics
+    on_progress: OnProgress | None
+    progress: bool
 
 
 class Trace:
@@ -68,11 +92,17 @@ class Trace:
             raise graph_error(f"numerics={numerics!r:.80} can't be: it is 'fast' or 'solo'")
         self._session = session
         self._numerics: Numerics = numerics
-        self._recorder = self._new_recorder(as_seed(seed))
+        self._id = uuid.uuid4().hex
+        generates = self._decoding is not None
+        self._recorder = Recorder(
+            self._id, session._holder, seed=as_seed(seed), generates=generates
+        )
         self._on_progress = on_progress
         self._stack = ExitStack()
         self._caches: list[tuple[Cache, int, Block, str]] = []
-        self._id = uuid.uuid4().hex
+        #: the trace that it follows in a chain, and whether that has not been sent yet
+        self._after: Trace | None = None
+        self._waits_for_chain = False
         self._opened = False
         self._pending: Pending | None = None
         self._waiters = 0
@@ -82,9 +112,6 @@ class Trace:
             self._recorder.invokes.append(as_invoke(prompt, messages))
         if function is not None:
             self._record(function)
-
-    def _new_recorder(self, seed: int) -> Recorder:
-        return Recorder(seed=seed)
 
     @property
     def seed(self) -> int:
@@ -340,7 +367,7 @@ class Trace:
 
     def _check(self, frame: FrameType | None) -> None:
         recorder = self._recorder
-        if not recorder.invokes:
+        if not recorder.invokes and (recorder.is_empty or recorder.generates):
             raise graph_error(
                 f"this {self._noun} has no prompt: {self._maker}(prompt), or invoke(prompt) inside"
             )
@@ -348,7 +375,7 @@ class Trace:
 
     def _check_saves(self, frame: FrameType | None) -> None:
         recorder = self._recorder
-        if not recorder.names and not recorder.has_writes:
+        if not recorder.names and not recorder.has_effects:
             held = " or ".join(map(repr, unsaved_variables(recorder, frame)))
             raise graph_error(
                 f"this {self._noun} saves nothing, so it would compute for nobody: call .save() on "
@@ -428,11 +455,21 @@ class Trace:
 
     def _start(self) -> Pending:
         """Return the request on its way, submitted now if it was not."""
+        self._check_recorded()
+        if self._waits_for_chain:
+            raise graph_error(
+                f"this {self._noun} is part of a chain, which runs at the end of its own block: "
+                "record it with a plain `with`, and ask for its result after the chain",
+                ClosedTraceError,
+            )
+        return self._pending or self._submit()
+
+    def _check_recorded(self) -> None:
+        """Refuse what has failed already, or was not recorded."""
         if self._recorder.failure is not None:
             raise self._recorder.failure
         if self._recorder.closed_at is None:
             self._record_nothing("awaited")
-        return self._pending or self._submit()
 
     def _record_nothing(self, what: str) -> None:
         """Do what is to be done when it is to run without having been recorded: refuse it."""
@@ -461,16 +498,47 @@ class Trace:
         finally:
             self._waiters -= 1
             if pending.reply.done():
-                self._recorder.buffers.clear()  # the constants have been sent
+                self._let_go()
 
     def _submit(self) -> Pending:
         self._submitted_s = asyncio.get_running_loop().time()
+        try:
+            request = self._request()
+        except GraphError as error:  # a held value that will never be there
+            self._recorder.failure = error
+            raise
+        self._session._drop_abandoned()
         self._pending = self._session._submitter.submit(
-            self._request(), self._recorder.buffers, self._note, self._take_tokens
+            request, self._recorder.buffers, self._note, self._take_tokens
         )
+        self._recorder.origin.was_submitted = True
+        self._pending.reply.add_done_callback(self._note_end)
         return self._pending
 
+    def _note_end(self, reply: asyncio.Future[Reply]) -> None:
+        """Tell those who wait for what it keeps."""
+        origin = self._recorder.origin
+        if not reply.cancelled() and reply.exception() is None:
+            origin.has_ended = True
+        elif origin.failure is None and not reply.cancelled():
+            origin.failure = reply.exception()
+
+    def _let_go(self) -> None:
+        """Let go of what only a request under way needs."""
+        recorder = self._recorder
+        recorder.buffers.clear()  # the constants have been sent
+        recorder.used.clear()
+        recorder.kept.clear()
+
     def _request(self) -> TraceRequest:
+        after = earlier_requests(self._recorder.used.values())
+        if self._after is not None and self._after.id not in after:
+            after.append(self._after.id)
+        if len(after) > MAX_AFTER:
+            raise graph_error(
+                f"this {self._noun} uses what {len(after)} traces keep that have not ended, at "
+                f"most {MAX_AFTER} can be waited for; await some of them first"
+            )
         return TraceRequest(
             id=self._id,
             model=self._session.tree.id,
@@ -478,6 +546,8 @@ class Trace:
             graph=self._recorder.graph(),
             decoding=self._decoding,
             numerics=self._numerics,
+            session=self._session._holder.id,
+            after=after,
         )
 
     def _take_tokens(self, event: Generated) -> None:

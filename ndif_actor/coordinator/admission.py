@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,7 @@ from ndif_actor.coordinator.choice import ModelChoice
 from ndif_actor.coordinator.completions import GrowingCompletion
 from ndif_actor.coordinator.events import Lane, Ticket
 from ndif_actor.coordinator.gathering import MAX_BUFFERS
+from ndif_actor.coordinator.outlook import Outlook, check_keeps, check_prompts
 from ndif_actor.coordinator.screening import own_buffers, refused, screen
 from ndif_actor.errors import RequestError
 from ndif_actor.messages import Group
@@ -29,6 +31,7 @@ from ndif_client.wire.messages import (
     Decoding,
     Explanation,
     Fault,
+    HeldSpec,
     ModelTree,
     PromptTokens,
     Submission,
@@ -66,6 +69,8 @@ class Prepared(msgspec.Struct, frozen=True):
         buffers: the bytes of its constants, and of nobody else's.
         prompts: what the client is told about its tokens.
         completions: of a generation, what each of its sequences becomes.
+        keeps: what it keeps, by name.
+        kept: what it and the unfinished requests keep that it comes after.
     """
 
     ticket: Ticket
@@ -73,6 +78,8 @@ class Prepared(msgspec.Struct, frozen=True):
     buffers: list[memoryview]
     prompts: list[list[PromptTokens]]
     completions: list[GrowingCompletion] = []
+    keeps: dict[str, HeldSpec] = {}
+    kept: Mapping[str, HeldSpec] = {}
 
 
 class Admission:
@@ -139,9 +146,14 @@ class Admission:
             raise refused("protocol", "the submission is nested too deeply") from None
 
     async def admit(
-        self, submission: Submission, buffers: list[memoryview], user: str
+        self, submission: Submission, buffers: list[memoryview], user: str, outlook: Outlook
     ) -> list[Prepared | Fault]:
         """Check and price every request of a submission of `user`, in its order.
+
+        Args:
+            submission, buffers: as they came.
+            user: who sent them.
+            outlook: what they may count on; it is this call's own from now on.
 
         Submissions take turns in the thread, so that a long one does not hold the others up.
         """
@@ -149,11 +161,11 @@ class Admission:
         answers: list[Prepared | Fault] = []
         while len(answers) < len(requests):
             rest = requests[len(answers) :]
-            answers += await self._thread.call(self._admit_some, rest, buffers, user)
+            answers += await self._thread.call(self._admit_some, rest, buffers, user, outlook)
         return answers
 
     async def explain(
-        self, submission: Submission, buffers: list[memoryview], user: str
+        self, submission: Submission, buffers: list[memoryview], user: str, outlook: Outlook
     ) -> list[Explanation]:
         """Say what each request of a submission would cost.
 
@@ -161,7 +173,7 @@ class Admission:
             RequestError: one of them can't run; the fault is the first one's.
         """
         return [
-            await self._thread.call(self._explain, request, buffers, user)
+            await self._thread.call(self._explain, request, buffers, user, outlook)
             for request in submission.requests
         ]
 
@@ -184,22 +196,29 @@ class Admission:
     # ------------------------------------------------------------ in the thread
 
     def _admit_some(
-        self, requests: list[TraceRequest], buffers: list[memoryview], user: str
+        self,
+        requests: list[TraceRequest],
+        buffers: list[memoryview],
+        user: str,
+        outlook: Outlook,
     ) -> list[Prepared | Fault]:
         """Check requests from the front of a list, one at least, for as long as a turn lasts."""
         end_s = time.monotonic() + TURN_S
         answers: list[Prepared | Fault] = []
         for request in requests:
-            answers.append(self._admit_one(request, buffers, user))
+            answer = self._admit_one(request, buffers, user, outlook)
+            if isinstance(answer, Fault):
+                outlook.note_refused(request, answer)
+            answers.append(answer)
             if time.monotonic() > end_s:
                 break
         return answers
 
     def _admit_one(
-        self, request: TraceRequest, buffers: list[memoryview], user: str
+        self, request: TraceRequest, buffers: list[memoryview], user: str, outlook: Outlook
     ) -> Prepared | Fault:
         try:
-            prepared, _ = self._prepare(request, buffers, user)
+            prepared, _ = self._prepare(request, buffers, user, outlook)
             return prepared
         except RequestError as error:
             return error.fault
@@ -209,19 +228,25 @@ class Admission:
             message = "the server could not check this request (its log says why)"
             return Fault(kind="internal", message=message)
 
-    def _explain(self, request: TraceRequest, buffers: list[memoryview], user: str) -> Explanation:
-        prepared, price = self._prepare(request, buffers, user)
+    def _explain(
+        self, request: TraceRequest, buffers: list[memoryview], user: str, outlook: Outlook
+    ) -> Explanation:
+        prepared, price = self._prepare(request, buffers, user, outlook)
         explanation: Explanation = self._blueprint.explain(request.id, prepared.group, price)
         return explanation
 
     def _prepare(
-        self, request: TraceRequest, buffers: list[memoryview], user: str
+        self, request: TraceRequest, buffers: list[memoryview], user: str, outlook: Outlook
     ) -> tuple[Prepared, Price]:
         if request.model not in ("", self._model_id):
             raise refused(
                 "protocol", f"model {request.model!r} is not served here, {self._model_id!r} is"
             )
         num_saves = screen(request.graph)
+        check_prompts(request)
+        check_keeps(request)
+        outlook.check_after(request)
+        held = outlook.held_by(request)
         prompts = [self._prompts(number, invoke) for number, invoke in enumerate(request.invokes)]
         sharing = self._sharing_of(user)
         decoding = request.decoding
@@ -231,7 +256,7 @@ class Admission:
         graph, own = own_buffers(request.graph, buffers)
         lengths = [[len(prompt.ids) for prompt in invoke] for invoke in prompts]
         steps = 0 if decoding is None else decoding.max_new_tokens
-        price = self._blueprint.check(graph, lengths, own, steps)
+        price = self._blueprint.check(graph, lengths, own, steps, held)
         self._check_price(price)
         group = Group(
             request=request.id,
@@ -240,12 +265,15 @@ class Admission:
             sharing=sharing,
             # What the shards have to know are ids: texts are looked for here.
             decoding=None if decoding is None else replace(decoding, stop=[]),
+            held=held,
         )
+        kept = outlook.kept_with(request, price.kept)
+        outlook.note_admitted(request.id, kept)
         lane = _lane(request)
         nbytes = price.value_bytes + price.saved_bytes
         if decoding is None:
             ticket = Ticket(request.id, price.tokens, nbytes, num_saves, lane)
-            return Prepared(ticket, group, own, prompts), price
+            return Prepared(ticket, group, own, prompts, keeps=price.kept, kept=kept), price
         ids = [prompt.ids for invoke in prompts for prompt in invoke]
         ticket = Ticket(
             request=request.id,
@@ -259,7 +287,7 @@ class Admission:
             ),
         )
         completions = [self._completion(decoding) for _ in ids]
-        return Prepared(ticket, group, own, prompts, completions), price
+        return Prepared(ticket, group, own, prompts, completions, kept=kept), price
 
     def _sharing_of(self, user: str) -> int:
         if self._share_prefixes:

@@ -18,9 +18,11 @@ import structlog
 
 from ndif_actor.config import ServerConfig
 from ndif_actor.coordinator import events
-from ndif_actor.coordinator.admission import Admission, Prepared, RequestLimits
+from ndif_actor.coordinator.admission import Admission, RequestLimits
 from ndif_actor.coordinator.capacity import CacheSize, cache_size
 from ndif_actor.coordinator.choice import choose
+from ndif_actor.coordinator.following import Following
+from ndif_actor.coordinator.held import HeldLimits, HeldRegistry
 from ndif_actor.coordinator.jobs import (
     Job,
     advance,
@@ -34,9 +36,10 @@ from ndif_actor.coordinator.replica import Replica
 from ndif_actor.coordinator.results import ResultStore
 from ndif_actor.coordinator.scheduler import Scheduler
 from ndif_actor.coordinator.screening import check_protocol
+from ndif_actor.coordinator.sessions import Sessions
 from ndif_actor.coordinator.stream import EventStream
 from ndif_actor.errors import LaunchError, ReplicaLost, RequestError
-from ndif_actor.messages import Forget, Loaded
+from ndif_actor.messages import Forget, Loaded, Settle
 from ndif_client.wire.frames import Frame
 from ndif_client.wire.messages import (
     Done,
@@ -83,7 +86,16 @@ class Coordinator:
             ),
             config.max_swapped_tokens,
         )
-        self.ledger = Ledger(ResultStore(config.result_ttl_s, config.max_result_bytes))
+        self._held = HeldRegistry(
+            HeldLimits(
+                user_bytes=config.max_held_bytes,
+                total_bytes=config.max_held_bytes_in_all,
+                idle_s=config.held_for_s,
+            )
+        )
+        self.ledger = Ledger(ResultStore(config.result_ttl_s, config.max_result_bytes), self._held)
+        self._following = Following(self.ledger, self._held)
+        self.sessions = Sessions(self._held, self._tell_shards, config.held_for_s)
         self._tasks: set[asyncio.Task[None]] = set()
         self._summary: ModelSummary | None = None
         self._tree_json: bytes | None = None
@@ -111,15 +123,16 @@ class Coordinator:
                 choice, self._config.cache_bytes, self._become_ready, self._become_lost
             )
         )
+        tidying = asyncio.create_task(self.sessions.run())
         try:
             await asyncio.gather(loading, serving)
         except LaunchError:
             await loading  # what is wrong with the model is said better here
             raise
         finally:
-            loading.cancel()
-            serving.cancel()
-            await asyncio.gather(loading, serving, return_exceptions=True)
+            for task in (loading, serving, tidying):
+                task.cancel()
+            await asyncio.gather(loading, serving, tidying, return_exceptions=True)
 
     async def drain(self, timeout_s: float) -> None:
         """Take nothing new and wait for what is here, for at most `timeout_s` seconds."""
@@ -160,6 +173,7 @@ class Coordinator:
 
     def _become_lost(self, reason: str) -> None:
         self._lost_reason = reason
+        self._held.lose_all()
         self._tell(events.ReplicaLost())
 
     # ------------------------------------------------------------ what HTTP asks
@@ -229,24 +243,29 @@ class Coordinator:
             raise self._rejection(answer)
         stream = EventStream(names)
         now = time.monotonic()
-        jobs = [new_job(name, owner, stream, now) for name in names]
+        jobs = [
+            new_job(request.id, owner, stream, now, user=user, session=request.session)
+            for request in submission.requests
+        ]
         self.ledger.open(jobs)
         self._spawn(self._admit(submission, frame.buffers, user, jobs), jobs)
         return stream
 
-    async def explain(self, frame: Frame, *, user: str) -> Explanations:
+    async def explain(self, frame: Frame, *, owner: str, user: str) -> Explanations:
         """Say what each request of a submission would cost, and run none of them.
 
         Args:
             frame: header `Submission`.
-            user: who asks.
+            owner, user: who asks.
 
         Raises:
             RequestError: not ready, wrong version, or one of the requests can't run.
             msgspec.DecodeError: the header is no submission.
         """
         submission = await self._decode(frame)
-        return Explanations(await self.admission.explain(submission, frame.buffers, user))
+        outlook = self._following.outlook(submission, owner, user)
+        found = await self.admission.explain(submission, frame.buffers, user, outlook)
+        return Explanations(found)
 
     def cancel(self, request: str, owner: str) -> bool:
         """Cancel an unfinished request, forget a finished one; False if there is none."""
@@ -286,18 +305,23 @@ class Coordinator:
     async def _admit(
         self, submission: Submission, buffers: list[memoryview], user: str, jobs: list[Job]
     ) -> None:
-        answers = await self.admission.admit(submission, buffers, user)
-        tickets, refused = [], []
-        for job, answer in zip(jobs, answers, strict=True):
-            if not self.ledger.is_open(job):
-                continue  # cancelled meanwhile
-            if isinstance(answer, Prepared):
-                job.prepared = answer
-                tickets.append(answer.ticket)
-            else:
-                refused.append(job.id)
-                self.ledger.fail(job, answer)
-        self._tell(events.Admitted(tuple(tickets), tuple(refused)))
+        try:
+            await self._following.wait_until_checked(submission, jobs)
+            outlook = self._following.outlook(submission, jobs[0].owner, user)
+            answers = await self.admission.admit(submission, buffers, user, outlook)
+            tickets, refused = [], []
+            for request, job, answer in zip(submission.requests, jobs, answers, strict=True):
+                if not self.ledger.is_open(job):
+                    continue  # cancelled meanwhile
+                try:
+                    tickets.append(self._following.take_in(request, job, answer))
+                except RequestError as error:
+                    refused.append(job.id)
+                    self.ledger.fail(job, error.fault)
+            self._tell(events.Admitted(tuple(tickets), tuple(refused)))
+        finally:
+            for job in jobs:
+                job.checked.set()
 
     # ------------------------------------------------------------ decisions carried out
 
@@ -315,10 +339,14 @@ class Coordinator:
                 loop = asyncio.get_running_loop()
                 loop.call_later(self._pace.linger_s(), self._tell, events.LingerOver(sequence))
             case Forget():
-                self._spawn(self._replica.tell(command), [])
+                self._tell_shards(command)
             case events.Drop(request=request):
                 fault = Fault(kind="cancelled", message="cancelled by its user")
                 self.ledger.fail(self.ledger.job(request), fault)
+            case events.AfterFailed(requests=requests, cause=cause):
+                for request in requests:
+                    job = self.ledger.job(request)
+                    self.ledger.fail(job, self._following.failure_of(cause, job.owner))
             case events.Abandon(requests=requests):
                 message = f"{self._lost_reason}; the replica restarts, send the request again"
                 fault = Fault(kind="unavailable", message=message, retry_after=RESTART_RETRY_S)
@@ -327,18 +355,26 @@ class Coordinator:
             case _:
                 raise AssertionError(f"{command} is an answer, not a command")
 
+    def _tell_shards(self, message: Settle | Forget) -> None:
+        self._spawn(self._replica.tell(message), [])
+
     def _start_pass(self, start: events.StartPass) -> None:
         jobs = [self.ledger.job(request) for request in start.members]
         now = time.monotonic()
         for job in jobs[: len(start.requests)]:
             job.started_s = now
             job.tell(Running(job.id, len(jobs)))
-        self._spawn(self._run_pass(start, jobs), jobs)
+        # What is to be told first is taken now: the next to be told something comes after this.
+        self._spawn(self._run_pass(start, jobs, self._held.take_changes()), jobs)
 
-    async def _run_pass(self, start: events.StartPass, jobs: list[Job]) -> None:
+    async def _run_pass(
+        self, start: events.StartPass, jobs: list[Job], changes: Settle | None
+    ) -> None:
         start_s = time.monotonic()
         try:
             message, buffers = build_pass(start, jobs)
+            if changes is not None:
+                await self._replica.tell(changes)
             for command in start.before:
                 _log.debug("before the pass", sequence=start.sequence, command=str(command))
                 await self._replica.tell(command)
@@ -346,7 +382,8 @@ class Coordinator:
         except ReplicaLost:
             return  # `_become_lost` abandons the requests
         except Exception:
-            self._tell(events.PassFinished(start.sequence, ended=start.members))
+            members = start.members
+            self._tell(events.PassFinished(start.sequence, ended=members, failed=members))
             raise
         _log.debug("pass", sequence=start.sequence, groups=len(jobs), forward_s=report.forward_s)
         self._pace.note(len(jobs), time.monotonic() - start_s)
@@ -358,9 +395,19 @@ class Coordinator:
             now = time.monotonic()
             steps = [(job, advance(job, report, now)) for job in going_on]
             grown = tuple(step.grown for _, step in steps if step.grown is not None)
-            ended = tuple(job.id for job, step in steps if step.last is not None)
+            ended = {job.id: step.last for job, step in steps if step.last is not None}
+            failed = {name for name, last in ended.items() if isinstance(last.event, Failed)}
+            for job, step in steps:
+                if step.last is None:
+                    continue
+                if job.id in failed:  # those that come after it have to be told why
+                    self.ledger.end(job, step.last)
+                else:
+                    self._held.commit(job.id)
             # The next pass starts before this one's results are handed out.
-            self._tell(events.PassFinished(start.sequence, grown, ended))
+            self._tell(
+                events.PassFinished(start.sequence, grown, tuple(ended), tuple(sorted(failed)))
+            )
             for job, step in steps:
                 if not self.ledger.is_open(job):
                     continue

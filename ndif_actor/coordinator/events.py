@@ -49,6 +49,8 @@ class Ticket(msgspec.Struct, frozen=True):
         tensors: how many values it saves in a forward.
         lane: with whom it shares a forward; a generation is not in the gradient lane.
         continuation: of a generation; None for a trace.
+        after: earlier requests that must have ended well before it starts; those that are not here
+            any more have.
     """
 
     request: str
@@ -57,6 +59,7 @@ class Ticket(msgspec.Struct, frozen=True):
     tensors: int = 0
     lane: Lane = "shared"
     continuation: Continuation | None = None
+    after: tuple[str, ...] = ()
 
     @property
     def alone(self) -> bool:
@@ -141,12 +144,14 @@ class Grown(msgspec.Struct, frozen=True):
 class PassFinished(msgspec.Struct, frozen=True):
     """The forward `sequence` is over on every shard.
 
-    Each generation that was in it is either in `grown` or, finished or failed, in `ended`.
+    Each generation that was in it is either in `grown` or, finished or failed, in `ended`; all
+    that have failed are in `failed`.
     """
 
     sequence: int
     grown: tuple[Grown, ...] = ()
     ended: tuple[str, ...] = ()
+    failed: tuple[str, ...] = ()
 
 
 class ReplicaReady(msgspec.Struct, frozen=True):
@@ -235,4 +240,11 @@ class Abandon(msgspec.Struct, frozen=True):
     requests: tuple[str, ...]
 
 
-Command = Accept | Reject | Announce | Linger | StartPass | Forget | Drop | Abandon
+class AfterFailed(msgspec.Struct, frozen=True):
+    """These will not run: they come after `cause`, or after one of them, and it has failed."""
+
+    requests: tuple[str, ...]
+    cause: str
+
+
+Command = Accept | Reject | Announce | Linger | StartPass | Forget | Drop | Abandon | AfterFailed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Literal
 
 import msgspec
@@ -34,6 +35,9 @@ class Job(msgspec.Struct, kw_only=True):
     """One unfinished request.
 
     Attributes:
+        user, session: whose held values it uses and keeps.
+        number: in the order of arrival.
+        checked: set when it is known whether it can run.
         prepared: set at admission.
         started_s: when its first pass starts.
         statistics: what it has cost so far; set after its first pass.
@@ -42,9 +46,13 @@ class Job(msgspec.Struct, kw_only=True):
 
     id: str
     owner: str
+    user: str
+    session: str | None
     stream: EventStream
     arrived_s: float
     progress: Event
+    number: int = 0
+    checked: asyncio.Event = msgspec.field(default_factory=asyncio.Event)
     prepared: Prepared | None = None
     started_s: float = 0.0
     statistics: Statistics | None = None
@@ -61,10 +69,25 @@ class Job(msgspec.Struct, kw_only=True):
         return self.prepared is not None and self.prepared.group.decoding is not None
 
 
-def new_job(request: str, owner: str, stream: EventStream, now: float) -> Job:
+def new_job(
+    request: str,
+    owner: str,
+    stream: EventStream,
+    now: float,
+    *,
+    user: str = "",
+    session: str | None = None,
+) -> Job:
     """Return the job of a request that has just arrived."""
-    progress = Queued(request, 0)
-    return Job(id=request, owner=owner, stream=stream, arrived_s=now, progress=progress)
+    return Job(
+        id=request,
+        owner=owner,
+        user=user,
+        session=session,
+        stream=stream,
+        arrived_s=now,
+        progress=Queued(request, 0),
+    )
 
 
 def build_pass(start: StartPass, jobs: list[Job]) -> tuple[RunPass, list[memoryview]]:

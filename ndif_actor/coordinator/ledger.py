@@ -6,16 +6,24 @@ import asyncio
 import time
 from collections.abc import Iterable
 
+from ndif_actor.coordinator.held import HeldRegistry
 from ndif_actor.coordinator.jobs import Job
 from ndif_actor.coordinator.results import Outgoing, ResultStore
 from ndif_client.wire.messages import Failed, Fault
 
 
 class Ledger:
-    """Jobs become results when they end, and are forgotten in time."""
+    """Jobs become results when they end, and are forgotten in time.
 
-    def __init__(self, store: ResultStore) -> None:
+    Args:
+        store: for the results.
+        held: where what they keep is reserved.
+    """
+
+    def __init__(self, store: ResultStore, held: HeldRegistry) -> None:
         self._store = store
+        self._held = held
+        self._opened = 0
         self._jobs: dict[str, Job] = {}
         self._none_open = asyncio.Event()
         self._none_open.set()
@@ -26,7 +34,10 @@ class Ledger:
 
     def open(self, jobs: Iterable[Job]) -> None:
         """Take in requests that have just arrived."""
-        self._jobs.update((job.id, job) for job in jobs)
+        for job in jobs:
+            self._opened += 1
+            job.number = self._opened
+            self._jobs[job.id] = job
         if self._jobs:
             self._none_open.clear()
 
@@ -37,6 +48,11 @@ class Ledger:
             KeyError: there is none of that id.
         """
         return self._jobs[request]
+
+    def find_job(self, request: str, owner: str) -> Job | None:
+        """Return an unfinished request of this owner."""
+        job = self._jobs.get(request)
+        return job if job is not None and job.owner == owner else None
 
     def jobs(self) -> list[Job]:
         """Return all unfinished requests."""
@@ -57,7 +73,9 @@ class Ledger:
         """Tell and keep the last event of a request."""
         del self._jobs[job.id]
         job.stream.push(outgoing)
-        self._store.put(job.owner, outgoing, time.monotonic())
+        now = time.monotonic()
+        self._held.release(job.id, now)
+        self._store.put(job.owner, outgoing, now)
         job.gathered.let_go()
         self._expire()
         if not self._jobs:

@@ -29,6 +29,7 @@ from ndif_actor.messages import (
     Loaded,
     PassDone,
     RunPass,
+    Settle,
     Stop,
     SwapIn,
     SwapOut,
@@ -134,8 +135,8 @@ class Replica:
         finally:
             server.close()
 
-    async def tell(self, message: Forget | SwapOut | SwapIn) -> None:
-        """Tell every shard something about a generation; it has no answer.
+    async def tell(self, message: Settle | Forget | SwapOut | SwapIn) -> None:
+        """Tell every shard something about requests; it has no answer.
 
         Where the replica is lost there is nobody left who would have to know.
         """

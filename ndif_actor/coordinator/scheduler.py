@@ -1,12 +1,16 @@
 """Which request runs when: pure decisions, state + event -> state + commands.
 
-A request is in one of three states here, and then forgotten:
+A request is in one of these states here, and then forgotten:
 
     Arrived -> admitting -> Admitted -> queued -> StartPass -> running -> PassFinished
 
+One that comes after others waits for these before it is queued, and fails when one of them does;
+then it is queued where it would have been from the beginning, so that it can be in the very next
+forward.
+
 The scheduler never touches a tensor, a clock, a socket or a task. Generations that have started go
-on in every forward; users take turns to join it, one request a turn, first in first out inside a
-user, up to the budget. A user whose next request does not fit keeps his place at the front, so
+on in every forward; users take turns to join it, one request a turn, in the order of arrival inside
+a user, up to the budget. A user whose next request does not fit keeps his place at the front, so
 nobody waits for more forwards than there are users before him: where generations leave no room
 for the first of them, the next forward is his before it is theirs, and where pages are short for
 a generation, none starts before it. Requests with gradients share forwards of their own, and some
@@ -25,6 +29,8 @@ from ndif_actor.coordinator.events import (
     Abandon,
     Accept,
     Admitted,
+    AfterFailed,
+    Announce,
     Arrived,
     Budget,
     Cancelled,
@@ -41,6 +47,7 @@ from ndif_actor.coordinator.events import (
     ReplicaReady,
     Ticket,
 )
+from ndif_actor.coordinator.followers import Followers
 from ndif_actor.coordinator.generations import Generations, first_tokens
 from ndif_actor.coordinator.plan import PassPlan
 from ndif_actor.coordinator.turns import Turns
@@ -52,7 +59,7 @@ class SchedulerStatistics(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         admitting: requests being checked and priced.
-        queued: requests that wait for a forward.
+        queued: requests that wait for a forward, or for others to end before.
         running: requests in the forward that runs now, and generations between two of theirs.
         generations: those of them that are generations.
         free_pages: pages of the KV cache that nobody needs.
@@ -74,6 +81,7 @@ class SchedulerStatistics(msgspec.Struct, frozen=True, kw_only=True):
 class _Arrival(msgspec.Struct, frozen=True):
     user: str
     nbytes: int
+    number: int
 
 
 class Scheduler:
@@ -86,6 +94,8 @@ class Scheduler:
         self._per_user: dict[str, int] = {}
         self._held_bytes = 0
         self._turns = Turns()
+        self._followers = Followers()
+        self._arrived = 0
         self._running: set[str] = set()
         self._generations = Generations(max_swapped_tokens)
         #: the request whose turn it was when generations left no room for it
@@ -115,20 +125,22 @@ class Scheduler:
             case PassFinished(sequence=sequence):
                 if not self._in_pass or sequence != self._sequence:
                     return []
-                self._finish_pass(event)
+                return [*self._finish_pass(event), *self._start()]
             case ReplicaReady(packed=packed, num_pages=num_pages, page_tokens=page_tokens):
                 self._ready, self._packed = True, packed
                 self._generations.open(num_pages, page_tokens)
-                return [*self._abandon_impossible(self._turns.tickets), *self._start()]
+                waiting = [*self._turns.tickets, *self._followers.tickets]
+                return [*self._abandon_impossible(waiting), *self._start()]
             case ReplicaLost():
                 return self._lose_replica()
         return self._start()
 
     def statistics(self) -> SchedulerStatistics:
         """Return a snapshot of the counts."""
+        queued = len(self._turns) + len(self._followers)
         return SchedulerStatistics(
-            admitting=len(self._known) - len(self._turns) - len(self._running),
-            queued=len(self._turns),
+            admitting=len(self._known) - queued - len(self._running),
+            queued=queued,
             running=len(self._running),
             generations=len(self._generations.present),
             free_pages=self._generations.free_pages,
@@ -156,30 +168,61 @@ class Scheduler:
             return Reject(event.requests, "busy", f"waiting requests already hold {held}")
         share = event.nbytes // count
         for request in event.requests:
-            self._known[request] = _Arrival(event.user, share)
+            self._arrived += 1
+            self._known[request] = _Arrival(event.user, share, self._arrived)
         self._per_user[event.user] = mine + count
         self._held_bytes += share * count
         return Accept(event.requests)
 
     def _admit(self, tickets: tuple[Ticket, ...], refused: tuple[str, ...]) -> list[Command]:
-        for request in refused:
-            self._forget(request)
-        announced: list[Command] = []
+        commands: list[Command] = []
         for ticket in tickets:
             if ticket.request not in self._known:  # cancelled while it was being checked
                 continue
-            announced.append(self._turns.add(self._known[ticket.request].user, ticket))
+            commands.append(self._enqueue(ticket))
+        for request in refused:
+            self._forget(request)
+            commands += self._fail_followers(request)
         if self._ready:
-            announced += self._abandon_impossible([t for t in tickets if t.request in self._known])
-        return announced
+            commands += self._abandon_impossible([t for t in tickets if t.request in self._known])
+        return commands
+
+    def _enqueue(self, ticket: Ticket) -> Announce:
+        """Let a request wait for its turn, or for those that it comes after."""
+        before = {request for request in ticket.after if request in self._known}
+        if not before:
+            return self._queue(ticket)
+        running = before <= self._running
+        position = 0 if running else 1 + max(self._followers.position(b) or 0 for b in before)
+        self._followers.add(ticket, before, position)
+        return Announce(ticket.request, position)
+
+    def _queue(self, ticket: Ticket) -> Announce:
+        arrival = self._known[ticket.request]
+        return self._turns.add(arrival.user, ticket, arrival.number)
+
+    def _release_followers(self, ended: Iterable[str]) -> None:
+        """Queue those that have waited for nobody but these, which have ended well."""
+        free = [ticket for request in ended for ticket in self._followers.release(request)]
+        for ticket in sorted(free, key=lambda ticket: self._known[ticket.request].number):
+            self._queue(ticket)
+            # Most of them start at once: only the others are told where they are.
+            self._turns.unsay(ticket.request)
+
+    def _fail_followers(self, request: str) -> list[Command]:
+        followers = tuple(self._followers.fail(request))
+        for follower in followers:
+            self._forget(follower)
+        return [AfterFailed(followers, request)] if followers else []
 
     def _cancel(self, request: str) -> list[Command]:
         if request not in self._known:
             return []
         self._turns.remove(self._known[request].user, request)
+        self._followers.remove(request)
         self._generations.leave(request)
         self._forget(request)
-        return [Drop(request)]
+        return [Drop(request), *self._fail_followers(request)]
 
     def _abandon_impossible(self, tickets: Iterable[Ticket]) -> list[Command]:
         """Give up generations that the replica has no pages for: it had more when they came."""
@@ -187,8 +230,16 @@ class Scheduler:
         impossible = tuple(ticket.request for ticket in tickets if not fits(ticket))
         for request in impossible:
             self._turns.remove(self._known[request].user, request)
+            self._followers.remove(request)
             self._forget(request)
-        return [Abandon(impossible)] if impossible else []
+        return self._abandon(impossible)
+
+    def _abandon(self, requests: tuple[str, ...]) -> list[Command]:
+        """Give up requests that are forgotten already, and those that come after them."""
+        if not requests:
+            return []
+        failed = [command for request in requests for command in self._fail_followers(request)]
+        return [Abandon(requests), *failed]
 
     def _forget(self, request: str) -> None:
         arrival = self._known.pop(request, None)
@@ -202,12 +253,14 @@ class Scheduler:
 
     # ------------------------------------------------------------ forwards
 
-    def _finish_pass(self, event: PassFinished) -> None:
+    def _finish_pass(self, event: PassFinished) -> list[Command]:
         self._in_pass = False
         over = set(self._generations.finish(event))
-        for request in list(self._running):
-            if request in over or request not in self._generations:
-                self._forget(request)
+        gone = [r for r in self._running if r in over or r not in self._generations]
+        for request in gone:
+            self._forget(request)
+        self._release_followers(request for request in gone if request not in event.failed)
+        return [command for request in event.failed for command in self._fail_followers(request)]
 
     def _lose_replica(self) -> list[Command]:
         self._ready = self._lingers = self._in_pass = False
@@ -215,7 +268,7 @@ class Scheduler:
         running = tuple(sorted(self._running))
         for request in running:
             self._forget(request)
-        return [Abandon(running)] if running else []
+        return self._abandon(running)
 
     def _start_or_linger(self) -> list[Command]:
         if self._in_pass or not self._ready:

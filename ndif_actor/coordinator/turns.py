@@ -1,4 +1,4 @@
-"""The queue: users take turns, first in first out inside a user."""
+"""The queue: users take turns, and inside a user requests go in the order of their arrival."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ class Turns:
     def __init__(self) -> None:
         self._queues: OrderedDict[str, deque[Ticket]] = OrderedDict()
         self._tickets: dict[str, Ticket] = {}
+        #: when each request arrived
+        self._arrivals: dict[str, int] = {}
         #: what each request was told last
         self._positions: dict[str, int] = {}
 
@@ -27,7 +29,7 @@ class Turns:
 
     @property
     def tickets(self) -> list[Ticket]:
-        """Everything that waits, in order of arrival."""
+        """Everything that waits."""
         return list(self._tickets.values())
 
     def find(self, request: str | None) -> Ticket | None:
@@ -38,12 +40,27 @@ class Turns:
         """Return the next request of a user who waits."""
         return self._queues[user][0]
 
-    def add(self, user: str, ticket: Ticket) -> Announce:
-        """Let a request wait; return what it is to be told."""
-        self._queues.setdefault(user, deque()).append(ticket)
+    def add(self, user: str, ticket: Ticket, arrival: int) -> Announce:
+        """Let a request wait; return what it is to be told.
+
+        Args:
+            user: whose it is.
+            ticket: of the request.
+            arrival: its number in the order of arrival, in which a user's requests start.
+        """
+        queue = self._queues.setdefault(user, deque())
+        place = len(queue)
+        while place and self._arrivals[queue[place - 1].request] > arrival:
+            place -= 1
+        queue.insert(place, ticket)
         self._tickets[ticket.request] = ticket
-        self._positions[ticket.request] = position = self._last_position(user)
+        self._arrivals[ticket.request] = arrival
+        self._positions[ticket.request] = position = self._position(user, place)
         return Announce(ticket.request, position)
+
+    def unsay(self, request: str) -> None:
+        """Let the next `announce` tell a request where it is, whatever it was told before."""
+        self._positions[request] = -1
 
     def take(self, user: str) -> bool:
         """Take out a user's next request, which was his turn; return whether he has another."""
@@ -76,11 +93,11 @@ class Turns:
 
     def _let_go(self, ticket: Ticket) -> None:
         del self._tickets[ticket.request]
+        del self._arrivals[ticket.request]
         del self._positions[ticket.request]
 
-    def _last_position(self, user: str) -> int:
-        """Return how many requests start before the last one of `user`, if all were equal."""
-        rounds = len(self._queues[user]) - 1
+    def _position(self, user: str, rounds: int) -> int:
+        """Return how many requests start before this one of `user`, if all were equal."""
         position, before = rounds, 1
         for other, queue in self._queues.items():
             if other == user:

@@ -360,7 +360,7 @@ class _Attention:
 def pad(groups: TokenIds, device: torch.device) -> tuple[Batch, list[list[Rows]]]:
     """Lay the prompts of all groups out as one left-padded rectangle, and show each its rows."""
     prompts = [ids for invokes in groups for invoke in invokes for ids in invoke]
-    longest = max(map(len, prompts))
+    longest = max(map(len, prompts), default=0)
     input_ids = torch.zeros(len(prompts), longest, dtype=torch.long)
     mask = torch.zeros_like(input_ids)
     for row, ids in enumerate(prompts):

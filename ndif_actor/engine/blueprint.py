@@ -5,7 +5,7 @@ Owned by the coordinator; the shards build the same one, so both agree on every 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import msgspec
@@ -23,7 +23,7 @@ from ndif_actor.engine.shapes import Price
 from ndif_actor.errors import ModelError
 from ndif_actor.messages import Group
 from ndif_client.wire.graph import Backward, Constant, Graph
-from ndif_client.wire.messages import Explanation, ModelTree
+from ndif_client.wire.messages import Explanation, HeldSpec, ModelTree
 from ndif_client.wire.tensors import check_buffer
 
 
@@ -113,6 +113,7 @@ class Blueprint:
         lengths: Sequence[Sequence[int]],
         buffers: list[memoryview],
         max_new_tokens: int = 0,
+        held: Mapping[str, HeldSpec] | None = None,
     ) -> Price:
         """Check that a graph can run on prompts of these lengths, and price it.
 
@@ -121,6 +122,7 @@ class Blueprint:
             lengths: tokens of each prompt, per invoke.
             buffers: the bytes of its constants.
             max_new_tokens: how many steps a generation may take; 0 for a trace.
+            held: what the held values are that it uses, by name.
 
         Raises:
             RequestError: it can never run; the fault names the node and the user's line.
@@ -135,7 +137,7 @@ class Blueprint:
         if max_new_tokens:
             _refuse_backward(graph)
         program = self.compile(graph, len(lengths), num_steps)
-        values = shapes.infer(program, self.model, lengths, num_steps)
+        values = shapes.infer(program, self.model, lengths, num_steps, held)
         price = shapes.price(program, values, lengths, num_steps)
         kept = price.tokens * self._bytes_for_backward(program)
         return msgspec.structs.replace(price, value_bytes=price.value_bytes + kept)

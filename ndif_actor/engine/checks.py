@@ -12,6 +12,7 @@ from ndif_client.wire.graph import (
     CallModule,
     Graph,
     HookPoint,
+    Keep,
     ReadHook,
     Save,
     WriteGradient,
@@ -41,7 +42,7 @@ def check_references(graph: Graph, uses: Sequence[Sequence[int]], num_invokes: i
     Raises:
         RequestError: one does not.
     """
-    writes = (WriteHook, Save, Backward, WriteGradient)
+    writes = (WriteHook, Keep, Save, Backward, WriteGradient)
     for number, node in enumerate(graph.nodes):
         for used in uses[number]:
             if used >= number:
@@ -51,9 +52,8 @@ def check_references(graph: Graph, uses: Sequence[Sequence[int]], num_invokes: i
             if isinstance(graph.nodes[used], writes):
                 raise graph_fault(graph, number, f"node {used} is not a value")
         if isinstance(node, ReadHook | WriteHook) and node.invoke >= num_invokes:
-            raise graph_fault(
-                graph, number, f"invoke {node.invoke} does not exist; there are {num_invokes}"
-            )
+            known = f"there are {num_invokes}" if num_invokes else "this request has no prompt"
+            raise graph_fault(graph, number, f"invoke {node.invoke} does not exist; {known}")
 
 
 def check_steps(graph: Graph, uses: Sequence[Sequence[int]]) -> dict[int, int | None]:

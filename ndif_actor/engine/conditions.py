@@ -14,6 +14,7 @@ from ndif_client.wire.graph import (
     Choose,
     Condition,
     Graph,
+    Keep,
     ReadGradient,
     WriteGradient,
 )
@@ -67,9 +68,10 @@ class Conditions:
         """
         for number, node in enumerate(self._graph.nodes):
             own = self.of(number)
-            if isinstance(node, Backward) and own:
+            if isinstance(node, Backward | Keep) and own:
+                what = "a backward runs" if isinstance(node, Backward) else "a value is kept"
                 raise graph_fault(
-                    self._graph, number, "a backward runs always, so it can't be in a `when` block"
+                    self._graph, number, f"{what} in any case, so not in a `when` block"
                 )
             for used in uses[number]:
                 allowed = own

@@ -17,6 +17,7 @@ from ndif_actor.engine.cache import PAGE_TOKENS, KVCache, make_cache
 from ndif_actor.engine.cpu import has_native_half
 from ndif_actor.engine.execution import Execution, Saved
 from ndif_actor.engine.gradients import differentiate
+from ndif_actor.engine.held import HeldStore, Holdings
 from ndif_actor.engine.interleaver import END_OF_FORWARD, Interleaver
 from ndif_actor.engine.layout import Sharded, ShardGroup, learn_layouts
 from ndif_actor.engine.linear import widen_linears
@@ -30,7 +31,7 @@ from ndif_actor.engine.saves import Allocate, GroupSaves, SaveBuffers
 from ndif_actor.engine.sharded import ShardedModel
 from ndif_actor.engine.stages import changing_stages
 from ndif_actor.errors import ModelError, RequestError
-from ndif_actor.messages import Group, GroupResult, Part, RunPass
+from ndif_actor.messages import Group, GroupResult, Part, RunPass, Settle
 from ndif_client.wire.graph import HookPoint
 from ndif_client.wire.messages import Fault
 
@@ -67,6 +68,7 @@ class Engine:
         self._model = model
         self._rank = rank
         self._generations: dict[str, Generation] = {}
+        self._held = HeldStore()
         layers = blueprint.table.layers
         self._tail = layers.tail if layers is not None else 0
 
@@ -155,6 +157,7 @@ class Engine:
             torch.OutOfMemoryError: the pass does not fit on the device.
         """
         saves = SaveBuffers(allocate)
+        self._held.forget_waiting()
         results: list[GroupResult] = []
         differentiates = any(group.graph.differentiates for group in message.groups)
         with torch.enable_grad() if differentiates else torch.inference_mode():
@@ -171,6 +174,10 @@ class Engine:
         if self._rank != 0:
             return [result for result in results if result.fault is not None], []
         return results, saves.buffers
+
+    def settle(self, message: Settle) -> None:
+        """Hold what these requests have kept, and let go of what is dropped."""
+        self._held.settle(message.kept, message.dropped)
 
     def forget(self, requests: Sequence[str]) -> None:
         """Drop what is left of generations that are over."""
@@ -215,7 +222,8 @@ class Engine:
             program,
             self._model,
             buffers,
-            infer=lambda step: shapes.infer(program, model, lengths, steps).at(step),
+            Holdings(self._held, group.scope, group.held),
+            infer=lambda step: shapes.infer(program, model, lengths, steps, group.held).at(step),
         )
 
     # ------------------------------------------------------------ packed
@@ -321,6 +329,7 @@ class Engine:
             made = member.advance(tokens or {})
         if member.execution.fault is not None:
             return GroupResult(request=member.request, fault=member.execution.fault)
+        self._held.put_aside(member.request, member.execution.holdings)
         return GroupResult(
             request=member.request, tensors=kept.tensors, tuples=kept.tuples, tokens=made
         )
@@ -332,10 +341,10 @@ class Engine:
     ) -> list[GroupResult]:
         """Run the one request of a pass as a padded batch."""
         traces, faults = self._join(groups, buffers)
-        batch, rows = pad([group.invokes for group in groups], self._model.device)
         if not traces:
             return faults
-        (trace,), (own,) = traces, rows
+        (trace,) = traces
+        batch, (own,) = pad([group.invokes for group in groups], self._model.device)
         if self.unpaddable is not None and len({n for r in own for n in r.lengths}) > 1:
             message = (
                 f"all prompts of a trace must have the same number of tokens: {self.unpaddable}"

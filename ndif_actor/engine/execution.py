@@ -11,6 +11,7 @@ import torch
 from ndif_actor.engine import ops, shapes
 from ndif_actor.engine.backward import BackwardPlan
 from ndif_actor.engine.batch import Rows, padding_mask
+from ndif_actor.engine.held import Holdings
 from ndif_actor.engine.hookpoints import MASK
 from ndif_actor.engine.program import BEFORE_FORWARD, Program
 from ndif_actor.engine.sharded import ShardedModel
@@ -21,6 +22,8 @@ from ndif_client.wire.graph import (
     CallModule,
     Choose,
     Constant,
+    Held,
+    Keep,
     Node,
     Parameter,
     ReadGradient,
@@ -58,6 +61,7 @@ class Execution:
         program: what to run.
         model: this rank's shard.
         buffers: the bytes of the program's constants, valid during the first pass.
+        holdings: the held values that it uses and keeps.
         infer: gives the meta value of each node at a step; asked only after a failure.
     """
 
@@ -66,9 +70,11 @@ class Execution:
         program: Program,
         model: ShardedModel,
         buffers: list[memoryview],
+        holdings: Holdings,
         infer: Callable[[int], Mapping[int, Any]],
     ) -> None:
         self.program = program
+        self.holdings = holdings
         self.fault: Fault | None = None
         self.step = 0
         self.plan = program.at(0)
@@ -192,6 +198,11 @@ class Execution:
             case Constant(tensor=spec):
                 array = import_array(spec, check_buffer(spec, self._buffers), "torch")
                 return array.to(self._model.device)
+            case Held(name=name):
+                return self.holdings.get(name)
+            case Keep(value=Ref(node=kept), name=name):
+                self.holdings.keep(name, self._values[kept])
+                return None
             case Save(value=Ref(node=saved)):
                 self._save(node, number, _detached(self._values[saved]))
                 return None
@@ -200,8 +211,9 @@ class Execution:
         """Copy what outlives this moment: it may be a view of the batch the model goes on with."""
         for number in made:
             node = self.program.graph.nodes[number]
-            # A parameter stays as it is; a constant lies in memory that this pass will give back.
-            lasts = isinstance(node, Parameter)
+            # Parameters and held values stay as they are; a constant lies in memory that this pass
+            # will give back.
+            lasts = isinstance(node, Parameter | Held)
             lasts |= isinstance(node, Constant) and number not in self.program.kept
             lasts |= number in self.plan.watched
             if number in self.plan.outlives and not lasts:

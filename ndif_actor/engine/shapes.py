@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from ndif_actor.engine import ops
 from ndif_actor.engine.checks import graph_fault
+from ndif_actor.engine.held import from_spec, spec_of
 from ndif_actor.engine.program import Program
 from ndif_client.wire.catalogue import ALIASES, CATALOGUE
 from ndif_client.wire.graph import (
@@ -24,6 +25,8 @@ from ndif_client.wire.graph import (
     CallModule,
     Choose,
     Constant,
+    Held,
+    Keep,
     Node,
     Parameter,
     ReadGradient,
@@ -33,7 +36,7 @@ from ndif_client.wire.graph import (
     WriteGradient,
     WriteHook,
 )
-from ndif_client.wire.messages import ValueInfo
+from ndif_client.wire.messages import HeldSpec, ValueInfo
 
 _META = torch.device("meta")
 
@@ -48,6 +51,7 @@ class Price(msgspec.Struct, frozen=True, kw_only=True):
         value_bytes: bytes of all values its nodes make, an upper bound of what it holds at once,
             and of what is kept for its backwards.
         flops: floating-point operations of its own nodes, without the model's.
+        kept: what it keeps, by name.
     """
 
     tokens: int
@@ -55,6 +59,7 @@ class Price(msgspec.Struct, frozen=True, kw_only=True):
     saved_tensors: int
     value_bytes: int
     flops: int
+    kept: dict[str, HeldSpec] = {}
 
 
 class Shapes(msgspec.Struct, frozen=True):
@@ -78,6 +83,7 @@ def infer(
     model: PreTrainedModel,
     lengths: Sequence[Sequence[int]],
     num_steps: int = 1,
+    held: Mapping[str, HeldSpec] | None = None,
 ) -> Shapes:
     """Find the shape and dtype of every value.
 
@@ -86,6 +92,7 @@ def infer(
         model: the model without weights.
         lengths: tokens of each prompt, per invoke.
         num_steps: steps it may take; 1 for a trace.
+        held: what the held values are that it uses.
 
     Raises:
         RequestError: torch refuses a node, or a write does not fit its hook point.
@@ -102,7 +109,10 @@ def infer(
                     continue
                 node = graph.nodes[number]
                 try:
-                    value = _infer(node, program, model, single if step else lengths, known)
+                    if isinstance(node, Held):
+                        value: Any = from_spec((held or {})[node.name])
+                    else:
+                        value = _infer(node, program, model, single if step else lengths, known)
                     if number in program.conditions.deciding:
                         _check_decision(value)
                 except ops.REFUSALS as error:
@@ -117,6 +127,7 @@ def price(
 ) -> Price:
     """Add up what a program makes and saves."""
     saved = tensors = value_bytes = flops = 0
+    kept: dict[str, HeldSpec] = {}
     decode = shapes.at(1)
     for number, node in enumerate(program.graph.nodes):
         later = _count(program.graph.steps_of(number), num_steps)
@@ -125,6 +136,12 @@ def price(
             for known, times in ((shapes.prefill, 1), (decode, later))
             if times and number in known
         ]
+        if isinstance(node, Held):
+            continue  # it is there already
+        if isinstance(node, Keep):
+            kept[node.name] = spec_of(own[0][0][node.value.node])
+            value_bytes += _bytes(own[0][0][node.value.node])
+            continue
         if isinstance(node, Save):
             saved += sum(_bytes(known[node.value.node]) * times for known, _, times in own)
             tensors += sum(_tensors_in(known[node.value.node]) * times for known, _, times in own)
@@ -137,6 +154,7 @@ def price(
         saved_tensors=tensors,
         value_bytes=value_bytes,
         flops=flops,
+        kept=kept,
     )
 
 
@@ -196,9 +214,10 @@ def _infer(
             _check_watched(values[of.node])
             _check_write(ops.resolve(value, values.__getitem__), values[of.node], "gradient")
             return None
-        case Save(value=value):
+        case Save(value=value) | Keep(value=value):
             if not isinstance(values[value.node], torch.Tensor | tuple):
-                raise TypeError("only tensors can be saved")
+                what = "saved" if isinstance(node, Save) else "kept"
+                raise TypeError(f"only tensors can be {what}")
             return None
 
 

@@ -8,13 +8,15 @@ from typing import Any, Literal
 import msgspec
 from aiohttp import web
 
-from ndif_actor.http import models, status, traces
+from ndif_actor.http import models, sessions, status, traces
 from ndif_client.wire.messages import (
     DetokenizeRequest,
     Done,
+    DropRequest,
     Event,
     Explanations,
     Failed,
+    HeldValues,
     ModelList,
     ModelTree,
     Submission,
@@ -84,6 +86,21 @@ ROUTES = (
         reply=Explanations,
         framed="body",
         statuses={**_BODY, 411: "no Content-Length", **_BUSY},
+    ),
+    Route(method="GET", path="/v1/sessions/{id}", handler=sessions.get_session, reply=HeldValues),
+    Route(
+        method="POST",
+        path="/v1/sessions/{id}/drop",
+        handler=sessions.post_drop,
+        body=DropRequest,
+        reply=HeldValues,
+        statuses=_BODY,
+    ),
+    Route(
+        method="DELETE",
+        path="/v1/sessions/{id}",
+        handler=sessions.delete_session,
+        statuses={404: "nothing is held for it"},
     ),
     Route(method="GET", path="/v1/models", handler=models.list_models, reply=ModelList),
     Route(

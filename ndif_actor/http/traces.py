@@ -37,7 +37,9 @@ async def post_explain(request: web.Request) -> web.Response:
     """Say what each request of a submission would cost, and run nothing."""
     caller = request.app[AUTHENTICATOR].caller(request)
     async with _submission(request) as frame:
-        explanations = await request.app[COORDINATOR].explain(frame, user=caller.user)
+        explanations = await request.app[COORDINATOR].explain(
+            frame, owner=caller.owner, user=caller.user
+        )
     return web.Response(body=msgspec.json.encode(explanations), content_type="application/json")
 
 

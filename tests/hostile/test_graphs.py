@@ -20,8 +20,10 @@ from ndif_client.wire.graph import (
     Constant,
     Dots,
     Dtype,
+    Held,
     HookPoint,
     Items,
+    Keep,
     Node,
     Parameter,
     ReadGradient,
@@ -94,6 +96,8 @@ nodes: st.SearchStrategy[Node] = st.one_of(
     st.builds(Backward, refs, st.none() | refs),
     st.builds(ReadGradient, st.integers(0, 9), refs),
     st.builds(WriteGradient, st.integers(0, 9), refs, arguments),
+    st.integers(0, 9).map(lambda node: Keep(Ref(node), "w")),
+    st.just(Held("w")),
 )
 
 OPENING: list[Node] = [

@@ -6,10 +6,12 @@ import asyncio
 from typing import Any, assert_type
 
 from ndif_client import (
+    Chain,
     Completion,
     Envoy,
     Explanation,
     Generation,
+    Handle,
     NdifError,
     Progress,
     Proxy,
@@ -94,6 +96,22 @@ async def generation(session: Session) -> None:
     several = session.trace(messages=[[{"role": "user", "content": "Hi"}]], numerics="solo")
     assert_type(await session.explain(several), Explanation)
     assert_type(await streamed.explain(), Explanation)
+
+
+async def held(session: Session, value: Proxy) -> None:
+    handle = await session.upload([1.0], "name")
+    assert_type(handle, Handle)
+    assert_type(value.keep(), Handle)
+    assert_type(session.held("name"), Handle)
+    assert_type(await session.upload_file("in.safetensors", prefix="lora."), dict[str, Handle])
+    await session.download({"weight": handle, "other": "name"}, "out.safetensors")
+    await session.drop(handle, "name")
+    async with session.chain() as chain:
+        assert_type(chain, Chain)
+        with chain.trace("prompt", numerics="solo") as trace:
+            assert_type(trace, Trace)
+            trace.h = handle + value
+    assert_type(chain.results, list[Result])
 
 
 def operators(value: Proxy) -> None:

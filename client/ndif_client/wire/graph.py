@@ -25,10 +25,12 @@ MAX_PATH = 512
 MAX_INVOKES = 1024
 MAX_PROMPTS = 1024
 MAX_TOKENS = 1 << 20
+MAX_HELD_NAME = 256
 
 Text = Annotated[str, msgspec.Meta(max_length=MAX_TEXT)]
 Path = Annotated[str, msgspec.Meta(max_length=MAX_PATH)]
 Index = Annotated[int, msgspec.Meta(ge=0)]
+HeldName = Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_HELD_NAME)]
 
 #: What passes inside of an attention, in this order; each has its heads along the second axis.
 #: Queries and keys are those after rotary embedding, the result is before the output projection.
@@ -151,6 +153,23 @@ class Constant(msgspec.Struct, frozen=True, tag="constant"):
     tensor: TensorSpec
 
 
+class Held(msgspec.Struct, frozen=True, tag="held"):
+    """A value that the server holds for this session, as it is when the request starts."""
+
+    name: HeldName
+
+
+class Keep(msgspec.Struct, frozen=True, tag="keep"):
+    """Hold a value for this session under `name`, in the place of what was held as that before.
+
+    It is held when the request has ended, with all others that the request keeps; where the
+    request fails, nothing changes.
+    """
+
+    value: Ref
+    name: HeldName
+
+
 class Save(msgspec.Struct, frozen=True, tag="save"):
     """Send a value back; it is found by this node's number, and by `name` where one is given."""
 
@@ -202,6 +221,8 @@ Node = (
     | CallModule
     | Parameter
     | Constant
+    | Held
+    | Keep
     | Save
     | Backward
     | ReadGradient
@@ -346,7 +367,7 @@ def references(node: Node) -> list[int]:
                 visit(value)
 
     match node:
-        case WriteHook(value=value) | Save(value=value):
+        case WriteHook(value=value) | Keep(value=value) | Save(value=value):
             visit(value)
         case Backward(loss=loss, gradient=gradient):
             visit(loss)

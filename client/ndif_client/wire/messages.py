@@ -7,6 +7,9 @@
     GET  /v1/models/{id}   reply: `ModelTree` as JSON
     POST /v1/models/{id}/tokenize, /detokenize   JSON both ways
     POST /v1/explain       body as of /v1/traces; reply: `Explanations` as JSON; nothing runs
+    GET  /v1/sessions/{id}       reply: `HeldValues` as JSON
+    POST /v1/sessions/{id}/drop  body: `DropRequest` as JSON; reply: `HeldValues`, those dropped
+    DELETE /v1/sessions/{id}     drops all that is held for it
 
 All requests of one `Submission` are admitted together, so they can share a forward.
 """
@@ -17,7 +20,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
-from ndif_client.wire.graph import MAX_INVOKES, Graph, Invoke, Path, Port, Source
+from ndif_client.wire.graph import MAX_INVOKES, Graph, HeldName, Invoke, Path, Port, Source
 from ndif_client.wire.tensors import TensorSpec
 
 #: The version of these messages; a server refuses another one by name.
@@ -25,7 +28,13 @@ PROTOCOL = 2
 
 MAX_REQUESTS = 1024
 
+#: Requests that one may come after.
+MAX_AFTER = 256
+
 RequestId = Annotated[str, msgspec.Meta(pattern=r"\A[A-Za-z0-9_-]{8,64}\Z")]
+
+#: Made by the client, at random: whoever knows it, and is the same user, shares what is held.
+SessionId = Annotated[str, msgspec.Meta(pattern=r"\A[A-Za-z0-9_-]{8,64}\Z")]
 
 
 # ---------------------------------------------------------------- client -> coordinator
@@ -82,14 +91,22 @@ class TraceRequest(msgspec.Struct, frozen=True, kw_only=True):
     """One trace: prompts and the graph to run on them. `id` is made by the client (a UUID).
 
     With `decoding` it is a generation: the model goes on after the prompts, step after step.
+
+    Attributes:
+        invokes: none where the graph needs no forward.
+        session: whose held values it uses and keeps, where it does.
+        after: earlier requests of the same user; it runs when all of them have ended well, and
+            fails when one has not.
     """
 
     id: RequestId
     model: Path
-    invokes: Annotated[list[Invoke], msgspec.Meta(min_length=1, max_length=MAX_INVOKES)]
+    invokes: Annotated[list[Invoke], msgspec.Meta(max_length=MAX_INVOKES)]
     graph: Graph
     decoding: Decoding | None = None
     numerics: Numerics = "fast"
+    session: SessionId | None = None
+    after: Annotated[list[RequestId], msgspec.Meta(max_length=MAX_AFTER)] = []
 
 
 class Submission(msgspec.Struct, frozen=True, kw_only=True):
@@ -287,6 +304,25 @@ class Explanations(msgspec.Struct, frozen=True):
     """JSON reply of `POST /v1/explain`, whose body is that of `POST /v1/traces`."""
 
     requests: list[Explanation]
+
+
+# ---------------------------------------------------------------- held values
+
+
+#: What a held value is: a tensor, or a tuple of tensors.
+HeldSpec = TensorSpec | list[TensorSpec]
+
+
+class HeldValues(msgspec.Struct, frozen=True):
+    """Values that the server holds for a session, or did so: what each is, by name."""
+
+    held: dict[str, HeldSpec]
+
+
+class DropRequest(msgspec.Struct, frozen=True):
+    """Body of `POST /v1/sessions/{id}/drop`; names of nothing are passed over."""
+
+    names: Annotated[list[HeldName], msgspec.Meta(max_length=1 << 16)]
 
 
 # ---------------------------------------------------------------- the model tree

@@ -14,6 +14,9 @@ import torch
 
 from ndif_actor.engine.engine import Engine
 from ndif_actor.engine.layout import Sharded, ShardGroup
+from ndif_actor.messages import Settle
+from ndif_client.wire.graph import Held, Keep
+from ndif_client.wire.tensors import TensorSpec
 from tests.generations import Driver
 from tests.integration.engine.experiments import EIFFEL, EXPERIMENTS, SHORT, plain, touching_steps
 from tests.oracle import Oracle
@@ -175,6 +178,42 @@ def failures(shard: Shard, family: str) -> None:
             assert len(results) == 1
 
 
+def held_values(shard: Shard, family: str) -> None:
+    """A value kept in one pass is whole on all ranks in the next; one that is gone fails alone."""
+    engine, place = shard.engine(family), "model.layers.1.self_attn.q_proj.output"
+    keeper = Recorder()
+    value = keeper.read(place)
+    keeper.add(Keep(value, "queries"))
+    keeper.save(value)
+    spec = TensorSpec("float64", (1, len(EIFFEL), 48))
+    kept, buffers = run(engine, [Request(keeper, [[EIFFEL]])])
+    engine.settle(Settle(["request-0"], []))
+
+    user, absent = Recorder(), Recorder()
+    for recorder, name in ((user, "queries"), (absent, "absent")):
+        held = recorder.add(Held(name))
+        recorder.write(place, recorder.apply("mul", held, -2.0))
+        recorder.save(recorder.call("model.layers.0.self_attn.q_proj", held))
+        recorder.save(recorder.read("output[logits]"))
+    requests = [
+        Request(recorder, [[EIFFEL]], held={name: spec})
+        for recorder, name in ((absent, "absent"), (user, "queries"))
+    ]
+    results, used = run(engine, requests)
+
+    faults = [result.fault for result in results if result.fault is not None]
+    assert ["is not held any more" in fault.message for fault in faults] == [True]
+    if shard.rank == 0:
+        constant = Recorder()
+        (sent,) = saved(kept[0], buffers).values()
+        held = constant.constant(sent)
+        constant.write(place, constant.apply("mul", held, -2.0))
+        constant.save(constant.call("model.layers.0.self_attn.q_proj", held))
+        constant.save(constant.read("output[logits]"))
+        wanted = Request(constant, [[EIFFEL]]).on(shard.oracle(family))
+        assert_equal(saved(results[1], used), wanted, EXACT)
+
+
 def layouts(shard: Shard, family: str) -> None:
     """The sharded hook points are those of the plan, with the slices of the plan."""
     engine = shard.engine(family)
@@ -298,6 +337,7 @@ CASES: dict[str, Callable[[Shard, str], Any]] = {
         module_calls,
         failures,
         gradients,
+        held_values,
         generations,
         slices,
         half_precision,

@@ -25,6 +25,7 @@ TWO = [
     *(f"{case}:qwen3_moe" for case in COMMON[:3]),
     *(f"gradients:{family}" for family in ("llama", "qwen3", "gemma", "phi3", "qwen3_moe")),
     "failures:llama",
+    "held_values:llama",
     *(f"generations:{family}" for family in ("llama", "gemma3", "phi3")),
     "half_precision:llama",
 ]

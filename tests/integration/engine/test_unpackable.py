@@ -18,6 +18,10 @@ from transformers import (
 
 from ndif_actor.engine.engine import Engine
 from ndif_actor.errors import ModelError
+from ndif_actor.messages import Dropped, Settle
+from ndif_client.wire.graph import Held, Keep
+from ndif_client.wire.messages import HeldSpec
+from ndif_client.wire.tensors import TensorSpec
 from tests.conftest import LoadEngine, LoadOracle
 from tests.oracle import Oracle
 from tests.requests import EXACT, Recorder, Request, assert_equal, run, run_and_save
@@ -205,3 +209,21 @@ def test_a_model_whose_frequencies_depend_on_the_lengths_in_the_batch_is_refused
 
     with pytest.raises(ModelError, match="can't be traced without weights"):
         load(save_model(LlamaConfig(**_SMALL, rope_parameters=rope)))
+
+
+@every_unpackable
+def test_what_needs_no_forward_needs_no_prompt_and_values_can_be_kept(
+    family: str, load_engine: LoadEngine
+) -> None:
+    engine = load_engine(family)
+    keeper, user = Recorder(), Recorder()
+    keeper.add(Keep(keeper.constant(torch.arange(3.0)), "w"))
+    user.save(user.apply("mul", user.add(Held("w")), 2.0))
+
+    run_and_save(engine, [Request(keeper, [])], "dense")
+    engine.settle(Settle(["request-0"], []))
+    held: dict[str, HeldSpec] = {"w": TensorSpec("float32", (3,))}
+    (values,) = run_and_save(engine, [Request(user, [], held=held)], "dense")
+
+    assert torch.equal(values[2], torch.tensor([0.0, 2.0, 4.0]))
+    engine.settle(Settle([], [Dropped("scope")]))

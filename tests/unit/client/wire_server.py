@@ -18,6 +18,7 @@ from ndif_client.wire.messages import (
     Completion,
     DetokenizeRequest,
     Done,
+    DropRequest,
     Event,
     Explanation,
     Explanations,
@@ -25,6 +26,7 @@ from ndif_client.wire.messages import (
     Fault,
     FaultReply,
     Generated,
+    HeldValues,
     ModelList,
     ModelSummary,
     PromptTokens,
@@ -59,6 +61,7 @@ class WireServer:
         submissions: each POST, with its buffers.
         deleted: ids of cancelled traces.
         asked: ids that were asked for, in order.
+        dropped: names of held values that were dropped, in order.
         break_after: events of a POST's stream after which the connection is dropped.
         lose: how many POSTs are dropped unread, as a closing keep-alive connection does.
         unfinished: how many times a trace that is asked for is still running.
@@ -76,6 +79,7 @@ class WireServer:
         self.submissions: list[tuple[Submission, list[memoryview]]] = []
         self.deleted: list[str] = []
         self.asked: list[str] = []
+        self.dropped: list[str] = []
         self.break_after: int | None = None
         self.lose = 0
         self.unfinished = 0
@@ -104,6 +108,7 @@ class WireServer:
                 web.post("/v1/explain", self._explain),
                 web.get("/v1/traces/{id}", self._get),
                 web.delete("/v1/traces/{id}", self._delete),
+                web.post("/v1/sessions/{id}/drop", self._drop),
             ]
         )
         async with TestServer(app) as server:
@@ -235,6 +240,10 @@ class WireServer:
         else:
             await _write(response, *self._outcome(self._requests[name]))
         return response
+
+    async def _drop(self, request: web.Request) -> web.Response:
+        self.dropped += msgspec.json.decode(await request.read(), type=DropRequest).names
+        return _json(HeldValues({}))
 
     async def _delete(self, request: web.Request) -> web.Response:
         self.deleted.append(request.match_info["id"])

@@ -10,6 +10,7 @@ import pytest
 from ndif_actor.coordinator.admission import Admission, Prepared, RequestLimits
 from ndif_actor.coordinator.capacity import CacheSize, cache_size
 from ndif_actor.coordinator.choice import ModelChoice
+from ndif_actor.coordinator.outlook import Outlook
 from ndif_actor.errors import RequestError
 from ndif_actor.messages import Loaded
 from ndif_client.wire.graph import (
@@ -62,13 +63,13 @@ def request(
 
 
 async def admit(admission: Admission, made: TraceRequest, user: str = "ann") -> Prepared:
-    (answer,) = await admission.admit(Submission(requests=[made]), [], user)
+    (answer,) = await admission.admit(Submission(requests=[made]), [], user, Outlook())
     assert isinstance(answer, Prepared), answer
     return answer
 
 
 async def fault(admission: Admission, made: TraceRequest) -> Fault:
-    (answer,) = await admission.admit(Submission(requests=[made]), [], "ann")
+    (answer,) = await admission.admit(Submission(requests=[made]), [], "ann", Outlook())
     assert isinstance(answer, Fault)
     return answer
 
@@ -200,8 +201,8 @@ async def test_users_share_nothing_unless_the_operator_says_so(
 
 
 async def test_an_explanation_prices_without_running(admission: Admission) -> None:
-    (found,) = await admission.explain(Submission(requests=[request("abc")]), [], "ann")
+    (found,) = await admission.explain(Submission(requests=[request("abc")]), [], "ann", Outlook())
     assert (found.id, found.tokens) == ("abcdefgh", 3)
 
     with pytest.raises(RequestError, match="has no tokens"):
-        await admission.explain(Submission(requests=[request([])]), [], "ann")
+        await admission.explain(Submission(requests=[request([])]), [], "ann", Outlook())

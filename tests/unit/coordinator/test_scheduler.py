@@ -13,6 +13,7 @@ from ndif_actor.coordinator.events import (
     Abandon,
     Accept,
     Admitted,
+    AfterFailed,
     Announce,
     Arrived,
     Budget,
@@ -249,6 +250,106 @@ def test_a_full_queue_rejects_whole_submissions_and_says_which_limit() -> None:
         assert scheduler.handle(Arrived(("c",), "ann", 1)) == [Accept(("c",))]
 
 
+def chain(*names: str) -> list[Ticket]:
+    """Tickets that come one after another."""
+    befores = [(), *((name,) for name in names)]
+    return [Ticket(name, 1, after=before) for name, before in zip(names, befores, strict=False)]
+
+
+def test_members_of_a_chain_run_in_forwards_that_follow_each_other_at_once() -> None:
+    scheduler = ready()
+
+    assert started(submit(scheduler, "ann", *chain("a", "b", "c"))) == [("a",)]
+    assert started(scheduler.handle(PassFinished(1))) == [("b",)]
+    assert started(scheduler.handle(PassFinished(2))) == [("c",)]
+    assert scheduler.handle(PassFinished(3)) == []
+    assert scheduler.statistics().queued == scheduler.statistics().running == 0
+
+
+def test_a_chain_keeps_its_place_before_what_its_user_sent_later() -> None:
+    scheduler = ready(1)
+    submit(scheduler, "ann", *chain("a", "b", "c"))
+    submit(scheduler, "ann", Ticket("later", 1))
+
+    order = [started(scheduler.handle(PassFinished(number))) for number in (1, 2, 3)]
+
+    assert order == [[("b",)], [("c",)], [("later",)]]
+
+
+def test_others_share_the_forwards_of_a_chain() -> None:
+    scheduler = ready()
+    submit(scheduler, "ann", *chain("a", "b"))
+    submit(scheduler, "ann", Ticket("free", 1))
+    submit(scheduler, "bob", Ticket("other", 1))
+
+    (members,) = started(scheduler.handle(PassFinished(1)))
+    assert set(members) == {"b", "free", "other"}
+
+
+def test_positions_in_a_chain_count_those_before() -> None:
+    scheduler = ready(1)
+    submit(scheduler, "bob", Ticket("running", 1))
+
+    assert submit(scheduler, "ann", *chain("a", "b", "c")) == [
+        Announce("a", 0),
+        Announce("b", 1),
+        Announce("c", 2),
+    ]
+
+
+def test_whoever_comes_after_one_that_failed_fails_with_its_name() -> None:
+    scheduler = ready()
+    submit(scheduler, "ann", *chain("a", "b", "c"), Ticket("free", 1))
+
+    commands = scheduler.handle(PassFinished(1, ended=("a", "free"), failed=("a",)))
+
+    assert commands == [AfterFailed(("b", "c"), "a")]
+    assert scheduler.statistics().queued == 0
+
+
+def test_cancelling_one_of_a_chain_ends_those_after_it_alone() -> None:
+    scheduler = ready()
+    submit(scheduler, "ann", *chain("a", "b", "c"))
+
+    assert scheduler.handle(Cancelled("b")) == [Drop("b"), AfterFailed(("c",), "b")]
+    assert scheduler.handle(PassFinished(1)) == []
+
+
+def test_a_refused_request_takes_those_of_its_submission_along_that_come_after_it() -> None:
+    scheduler = ready()
+    first, *others = chain("a", "b", "c")
+    scheduler.handle(Arrived(("a", "b", "c"), "ann"))
+
+    commands = scheduler.handle(Admitted(tuple(others), (first.request,)))
+
+    assert AfterFailed(("b", "c"), "a") in commands
+    assert scheduler.statistics().queued == scheduler.statistics().admitting == 0
+
+
+def test_a_lost_replica_ends_the_chains_that_were_running() -> None:
+    scheduler = ready(1)
+    submit(scheduler, "ann", *chain("a", "b"))
+    submit(scheduler, "bob", *chain("c", "d"))
+
+    assert scheduler.handle(ReplicaLost()) == [Abandon(("a",)), AfterFailed(("b",), "a")]
+    assert started(scheduler.handle(ReplicaReady(True))) == [("c",)]
+
+
+def test_one_may_come_after_several_and_several_after_one() -> None:
+    scheduler = ready(2)
+    submit(
+        scheduler,
+        "ann",
+        Ticket("a", 1),
+        Ticket("b", 2),
+        Ticket("both", 1, after=("a", "b")),
+        Ticket("too", 1, after=("a", "b")),
+    )
+
+    assert started(scheduler.handle(PassFinished(1))) == [("b",)]
+    assert started(scheduler.handle(PassFinished(2))) == [("both", "too")]
+
+
 class RandomWalk(RuleBasedStateMachine):
     """Any order of arrivals, admissions, cancels, forwards and losses keeps every promise."""
 
@@ -268,6 +369,9 @@ class RandomWalk(RuleBasedStateMachine):
         self.sequence = 0
         self.lingers = False
         self.ended: Counter[str] = Counter()
+        self.after: dict[str, set[str]] = {}
+        self.blocked: set[str] = set()
+        self.failed: set[str] = set()
         self.waited: dict[str, int] = {}
 
     def obey(self, commands: list[Command]) -> None:
@@ -281,14 +385,39 @@ class RandomWalk(RuleBasedStateMachine):
                     self.lingers = True
                 case Abandon(requests=requests):
                     assert set(requests) <= set(self.running)
-                    self.ended.update(requests)
+                    self.end_badly(*requests)
                 case Drop(request=request):
-                    self.ended[request] += 1
+                    self.end_badly(request)
+                case AfterFailed(requests=requests, cause=cause):
+                    causes = {cause}
+                    assert cause in self.failed
+                    for request in requests:
+                        assert request in self.blocked
+                        assert self.after[request] & causes, "only those that come after it"
+                        causes.add(request)
+                    self.end_badly(*requests)
                 case Announce(request=request, position=position):
-                    others = sum(map(len, self.queued.values()))
+                    others = sum(map(len, self.queued.values())) + len(self.blocked)
                     assert 0 <= position <= others
                 case _:
                     raise AssertionError(command)
+
+    def end_badly(self, *requests: str) -> None:
+        self.ended.update(requests)
+        self.failed.update(requests)
+        self.blocked.difference_update(requests)
+
+    def enqueue(self, name: str) -> None:
+        queue = self.queued.setdefault(self.user_of[name], [])
+        queue.append(name)
+        queue.sort(key=lambda each: int(each[1:]))
+
+    def release(self) -> None:
+        """Queue what waited for nobody but requests that have ended well."""
+        for name in sorted(self.blocked, key=lambda each: int(each[1:])):
+            if all(self.ended[other] and other not in self.failed for other in self.after[name]):
+                self.blocked.discard(name)
+                self.enqueue(name)
 
     def check_pass(self, start: StartPass) -> None:
         assert self.ready and not self.running
@@ -300,6 +429,8 @@ class RandomWalk(RuleBasedStateMachine):
         for request in start.requests:
             queue = self.queued[self.user_of[request]]
             assert queue.pop(0) == request, "first in, first out inside a user"
+            assert all(self.ended[other] for other in self.after[request])
+            assert not self.after[request] & self.failed
         self.queued = {user: queue for user, queue in self.queued.items() if queue}
         self.check_turns(start.requests, backlog)
         self.sequence, self.running, self.lingers = start.sequence, start.requests, False
@@ -320,12 +451,19 @@ class RandomWalk(RuleBasedStateMachine):
     @rule(
         user=st.sampled_from("ABCDE"),
         sizes=st.lists(st.integers(1, 25), min_size=1, max_size=8),
+        chained=st.booleans(),
+        data=st.data(),
     )
-    def arrive(self, user: str, sizes: list[int]) -> None:
+    def arrive(self, user: str, sizes: list[int], chained: bool, data: st.DataObject) -> None:
         names = []
         for size in sizes:
+            earlier = [f"r{number + 1}" for number in range(self.count)]
             self.count += 1
             names.append(f"r{self.count}")
+            self.after[names[-1]] = set()
+            if earlier and chained:
+                drawn = data.draw(st.lists(st.sampled_from(earlier[-5:]), max_size=2))
+                self.after[names[-1]] = set(drawn)
             self.tokens[names[-1]], self.user_of[names[-1]] = size, user
         assert self.scheduler.handle(Arrived(tuple(names), user)) == [Accept(tuple(names))]
         self.admitting.append(tuple(names))
@@ -334,13 +472,24 @@ class RandomWalk(RuleBasedStateMachine):
     @rule(data=st.data())
     def admit(self, data: st.DataObject) -> None:
         names = self.admitting.pop(0)
-        refused = tuple(name for name in names if data.draw(st.booleans(), label=f"refuse {name}"))
+        refused = tuple(
+            name
+            for name in names
+            # The coordinator itself refuses what comes after one that has failed before.
+            if self.after[name] & self.failed or data.draw(st.integers(0, 3), label=name) == 0
+        )
         kept = [name for name in names if name not in refused]
-        self.ended.update(name for name in refused if not self.ended[name])
+        self.end_badly(*(name for name in refused if not self.ended[name]))
         for name in kept:
-            if not self.ended[name]:
-                self.queued.setdefault(self.user_of[name], []).append(name)
-        tickets = tuple(Ticket(name, self.tokens[name]) for name in kept)
+            if self.ended[name]:
+                continue
+            if all(self.ended[other] and other not in refused for other in self.after[name]):
+                self.enqueue(name)
+            else:
+                self.blocked.add(name)
+        tickets = tuple(
+            Ticket(name, self.tokens[name], after=tuple(sorted(self.after[name]))) for name in kept
+        )
         self.obey(self.scheduler.handle(Admitted(tickets, refused)))
 
     @precondition(lambda self: self.count)
@@ -357,11 +506,16 @@ class RandomWalk(RuleBasedStateMachine):
         self.obey(commands)
 
     @precondition(lambda self: self.running)
-    @rule()
-    def finish(self) -> None:
-        self.ended.update(name for name in self.running if not self.ended[name])
+    @rule(data=st.data())
+    def finish(self, data: st.DataObject) -> None:
+        ended = [name for name in self.running if not self.ended[name]]
+        failed = [name for name in ended if data.draw(st.integers(0, 3), label=name) == 0]
+        self.ended.update(ended)
+        self.failed.update(failed)
         self.running = ()
-        self.obey(self.scheduler.handle(PassFinished(self.sequence)))
+        self.release()
+        event = PassFinished(self.sequence, ended=tuple(ended), failed=tuple(failed))
+        self.obey(self.scheduler.handle(event))
 
     @precondition(lambda self: self.lingers)
     @rule()
@@ -384,7 +538,7 @@ class RandomWalk(RuleBasedStateMachine):
 
     @invariant()
     def nothing_is_lost_or_ended_twice(self) -> None:
-        waiting = sum(map(len, self.queued.values()))
+        waiting = sum(map(len, self.queued.values())) + len(self.blocked)
         checking = sum(not self.ended[name] for names in self.admitting for name in names)
         running = sum(not self.ended[name] for name in self.running)
         assert all(count <= 1 for count in self.ended.values())
@@ -392,6 +546,12 @@ class RandomWalk(RuleBasedStateMachine):
         statistics = self.scheduler.statistics()
         assert (statistics.queued, statistics.running) == (waiting, running)
         assert statistics.admitting == checking
+
+    @invariant()
+    def whoever_waits_for_others_waits_for_one_that_is_here_and_for_none_that_failed(self) -> None:
+        for name in self.blocked:
+            assert not self.after[name] & self.failed
+            assert any(not self.ended[other] for other in self.after[name])
 
     @invariant()
     def nothing_waits_while_the_replica_is_idle(self) -> None:

@@ -10,6 +10,9 @@ import torch
 from ndif_actor.engine import adapter, shapes
 from ndif_actor.engine.blueprint import Blueprint
 from ndif_actor.errors import RequestError
+from ndif_client.wire.graph import Held, Keep
+from ndif_client.wire.messages import HeldSpec
+from ndif_client.wire.tensors import TensorSpec
 from tests.models import CONFIGS
 from tests.requests import Recorder
 
@@ -84,6 +87,19 @@ def test_the_price_counts_tokens_bytes_and_work() -> None:
     values = 4 * 48 * 4 + 48 * 10 * 4 + 3 * 40 * 4 + price.saved_bytes
     assert price.value_bytes == values
     assert price.flops == 2 * 4 * 10 * 48 + 40 + 40
+
+
+def test_what_is_kept_costs_its_copy_and_what_is_held_costs_nothing() -> None:
+    recorder = Recorder()
+    held = recorder.add(Held("w"))  # [48, 10] float32
+    product = recorder.apply("matmul", recorder.read("model.layers.0.output", 1), held)
+    recorder.add(Keep(product, "product"))
+    specs: dict[str, HeldSpec] = {"w": TensorSpec("float32", (48, 10))}
+
+    price = blueprint().check(recorder.graph(), LENGTHS, [], held=specs)
+
+    assert price.kept == {"product": TensorSpec("float32", (1, 4, 10))}
+    assert price.value_bytes == 4 * 48 * 4 + 2 * 4 * 10 * 4
 
 
 def test_nothing_is_computed_at_admission() -> None:
