@@ -8,9 +8,10 @@
 Needs neither torch nor transformers. For scripts without `await` see `ndif_client.blocking`.
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from ndif_client import errors, ops
-from ndif_client.chain import Chain
-from ndif_client.edits import Edit
 from ndif_client.envoy import Envoy
 from ndif_client.errors import NdifError
 from ndif_client.explanation import Explanation
@@ -23,6 +24,13 @@ from ndif_client.session import Session, connect
 from ndif_client.streaming import Token
 from ndif_client.trace import Trace
 from ndif_client.wire.messages import Completion
+
+if TYPE_CHECKING:
+    from ndif_client.chain import Chain
+    from ndif_client.edits import Edit
+
+#: What is imported when it is first asked for, and where it is.
+_LATER = {"Chain": "ndif_client.chain", "Edit": "ndif_client.edits"}
 
 __all__ = [
     "Chain",
@@ -43,3 +51,9 @@ __all__ = [
     "errors",
     "ops",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LATER:
+        return getattr(import_module(_LATER[name]), name)
+    raise AttributeError(f"module 'ndif_client' has no attribute {name!r}")

@@ -62,13 +62,17 @@ class BlockingSession:
     def __init__(self, session: Session, thread: LoopThread) -> None:
         self.tree: ModelTree = session.tree
         self.model: Envoy = session.model
-        self.edits: Edits = session.edits
         self._session = session
         self._thread = thread
         self._together: list[Trace] | None = None
         self._open = True
         #: whether the connection belongs to another session
         self._shares = False
+
+    @property
+    def edits(self) -> Edits:
+        """The changes of the model that every later trace and generation has."""
+        return self._session.edits
 
     def edit(self, name: str) -> EditRecording:
         """Record a change of the model that is to apply to later traces; see `Session.edit`."""

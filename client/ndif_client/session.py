@@ -9,10 +9,8 @@ from collections.abc import Callable, Coroutine, Generator, Mapping, Sequence
 from contextlib import AsyncExitStack, suppress
 from copy import copy
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ndif_client.chain import Chain
-from ndif_client.edits import Edit, EditRecording, Edits
 from ndif_client.envoy import Envoy
 from ndif_client.errors import NdifError, NoValueError, ProtocolError
 from ndif_client.explanation import Explanation
@@ -36,6 +34,10 @@ from ndif_client.wire.messages import (
 )
 from ndif_client.wire.tensors import ArrayKind
 
+if TYPE_CHECKING:
+    from ndif_client.chain import Chain
+    from ndif_client.edits import Edit, EditRecording, Edits
+
 _LOCAL = "local:"
 
 #: Seconds that dropping what is held may take while the session closes.
@@ -48,13 +50,12 @@ class Session:
     Attributes:
         tree: the model as data: layers, sizes, hook points.
         model: the model to write experiments on; `print(session.model)` shows it.
-        edits: changes of the model that every later trace and generation has.
     """
 
     def __init__(self, transport: Transport, tree: ModelTree, tensors: ArrayKind) -> None:
         self.tree = tree
         self.model = Envoy(tree.root)
-        self.edits = Edits()
+        self._edits: Edits | None = None
         self._transport = transport
         self._holder = Holder(transport)
         self._tidying: set[asyncio.Task[None]] = set()
@@ -204,6 +205,8 @@ class Session:
                         ...
                         new.keep("weights")  # and the next one uses session.held("weights")
         """
+        from ndif_client.chain import Chain
+
         return Chain(self)
 
     # ------------------------------------------------------------ held values
@@ -319,6 +322,15 @@ class Session:
         """
         return await trace.explain()
 
+    @property
+    def edits(self) -> Edits:
+        """The changes of the model that every later trace and generation has."""
+        if self._edits is None:
+            from ndif_client.edits import Edits
+
+            self._edits = Edits()
+        return self._edits
+
     def edit(self, name: str) -> EditRecording:
         """Record a change of the model that is to apply to later traces.
 
@@ -333,6 +345,8 @@ class Session:
                 session.model.layers[3].mlp.output *= 0
             session.edits.add(quiet)
         """
+        from ndif_client.edits import EditRecording
+
         return EditRecording(name, self.tree, self._holder)
 
     def with_edits(self, *edits: Edit) -> Session:
@@ -340,8 +354,10 @@ class Session:
 
         It shares the connection, and ends with this one; traces of this one are not edited.
         """
+        from ndif_client.edits import Edits
+
         other = copy(self)
-        other.edits = Edits((*self.edits, *edits))
+        other._edits = Edits((*self.edits, *edits))
         other._resources = AsyncExitStack()
         other._shares = True
         return other

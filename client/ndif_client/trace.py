@@ -15,8 +15,6 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, Self, TypedDict, get_args
 
-from ndif_client.branches import Branch, branch, choose, while_loop
-from ndif_client.caching import Cache, Modules
 from ndif_client.decoding import as_seed
 from ndif_client.errors import (
     ClosedTraceError,
@@ -33,7 +31,6 @@ from ndif_client.prompts import Messages, Prompt, as_invoke
 from ndif_client.proxy import Proxy
 from ndif_client.recorder import Recorder
 from ndif_client.results import Result
-from ndif_client.scanning import Scan
 from ndif_client.sources import capture, user_frame
 from ndif_client.steps import Block
 from ndif_client.submission import Pending, Reply
@@ -49,6 +46,9 @@ from ndif_client.wire.messages import (
 )
 
 if TYPE_CHECKING:
+    from ndif_client.branches import Branch
+    from ndif_client.caching import Cache, Modules
+    from ndif_client.scanning import Scan
     from ndif_client.session import Session
 
 #: What a function given to `session.trace` may be.
@@ -202,7 +202,7 @@ class Trace:
             yield
 
     def _play_edits(self, invoke: int) -> None:
-        for edit in self._session.edits:
+        for edit in self._session._edits or ():
             edit.play(self._recorder, invoke, self._session.tree)
 
     def cache(
@@ -228,6 +228,8 @@ class Trace:
         Raises:
             GraphError: there are no such modules.
         """
+        from ndif_client.caching import Cache
+
         self._recorder.check_open()
         invoke = self._recorder.here("cache()")
         cache = Cache(self._session.model, modules, inputs=inputs, outputs=outputs)
@@ -241,6 +243,8 @@ class Trace:
             ClosedTraceError: it was submitted already.
             NdifError: the server refuses it, or can't be reached.
         """
+        from ndif_client.scanning import Scan
+
         return Scan(self._recorder, (await self.explain()).values)
 
     # ------------------------------------------------------------ control
@@ -257,6 +261,8 @@ class Trace:
         Raises:
             GraphError: the condition is no value of the trace.
         """
+        from ndif_client.branches import branch
+
         return branch(condition, self._recorder)
 
     def choose(self, condition: Any, then: Any, otherwise: Any) -> Proxy:
@@ -264,6 +270,8 @@ class Trace:
 
         Unlike `ops.where`, either may come from a `when` block, and only one of them is computed.
         """
+        from ndif_client.branches import choose
+
         return choose(condition, then, otherwise, self._recorder)
 
     def while_loop(
@@ -288,6 +296,8 @@ class Trace:
         Raises:
             GraphError: the bound or a state can't be.
         """
+        from ndif_client.branches import while_loop
+
         return while_loop(condition, body, state, limit, self._recorder)
 
     def __setattr__(self, name: str, value: Any) -> None:
