@@ -29,7 +29,7 @@ class Cache(Mapping[str, Any]):
         self, model: Envoy, modules: Modules | None, *, inputs: bool, outputs: bool
     ) -> None:
         self._residual = modules is None
-        self._modules = _layers(model) if modules is None else _found(model, modules)
+        self._modules = _layers(model) if modules is None else find_modules(model, modules)
         self._wants = {"inputs": inputs, "outputs": outputs}
         if not inputs and not outputs:
             raise graph_error("cache(inputs=False, outputs=False) would save nothing")
@@ -109,7 +109,12 @@ def _layers(model: Envoy) -> dict[str, Envoy]:
     return found
 
 
-def _found(model: Envoy, modules: Modules) -> dict[str, Envoy]:
+def find_modules(model: Envoy, modules: Modules) -> dict[str, Envoy]:
+    """Return the modules that are meant, by path.
+
+    Raises:
+        UnknownNameError: there are none such.
+    """
     wanted = [modules] if isinstance(modules, str | Envoy) else list(modules)
     found: dict[str, Envoy] = {}
     for one in wanted:
