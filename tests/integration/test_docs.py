@@ -157,6 +157,163 @@ def test_steering_turns_what_the_model_writes(demo_url: str) -> None:
     assert "5 generations began in 1 forward(s)" in said
 
 
+def _numbers(pattern: str, said: str) -> list[float]:
+    """Return the numbers that a pattern's groups find, each of which must be there."""
+    found = re.search(pattern, said)
+    assert found is not None, said
+    return [float(group) for group in found.groups()]
+
+
+def test_attribution_patching_agrees_with_patching_late(demo_url: str) -> None:
+    said = _run_example("attribution_patching.py", demo_url)
+
+    shown = [float(x) for x in re.findall(r"after layer +\d+ +(\S+)$", said, flags=re.MULTILINE)]
+    assert len(shown) == 30
+    assert max(map(abs, shown[:18])) < 1 < 5 < min(shown[23:])
+
+
+def test_direct_logit_attribution_adds_up(demo_url: str) -> None:
+    said = _run_example("direct_logit_attribution.py", demo_url)
+
+    whole, parts = _numbers(r"= (\S+); the sum of all parts = (\S+)", said)
+    assert parts == pytest.approx(whole, abs=0.02)
+    assert "attention 23" in said
+
+
+def test_path_patching_tells_direct_effects_from_others(demo_url: str) -> None:
+    said = _run_example("path_patching.py", demo_url)
+
+    everything, direct = _numbers(r"layer 23: +(\S+) by all paths, +(\S+) directly", said)
+    assert everything > 5 and 3 < direct < everything
+
+
+def test_causal_tracing_finds_the_late_site(demo_url: str) -> None:
+    said = _run_example("causal_tracing.py", demo_url)
+
+    clean, noisy = _numbers(r"p\(Paris\): (\S+), with a blurred subject (\S+)", said)
+    (late,) = _numbers(r"last token .* 27: (\S+)", said)
+    assert noisy < 0.1 < 0.3 < late <= clean
+
+
+def test_head_ablation_runs_all_heads_in_one_forward(demo_url: str) -> None:
+    said = _run_example("head_ablation.py", demo_url)
+
+    assert "54 ablations in one forward" in said
+    assert len(re.findall(r"^  \d+\.\d +[+-]", said, flags=re.MULTILINE)) == 6
+
+
+def test_attention_patterns_are_distributions(demo_url: str) -> None:
+    said = _run_example("attention_pattern.py", demo_url)
+
+    assert len(re.findall(r"^  head \d", said, flags=re.MULTILINE)) == 9
+    assert "rows add up to 1.000" in said
+
+
+def test_induction_heads_are_found(demo_url: str) -> None:
+    said = _run_example("induction_heads.py", demo_url)
+
+    assert _numbers(r"layer 18, head 6: (\S+)", said)[0] > 0.7
+
+
+def test_gradients_and_edited_gradients_are_shown_by_token(demo_url: str) -> None:
+    assert len(re.findall(r"norm +\d", _run_example("gradients.py", demo_url))) == 9
+    rows = re.findall(r"' +(\S+) +(\S+)$", _run_example("gradient_editing.py", demo_url), re.M)
+    assert len(rows) == 9 and all(float(whole) != float(edited) for whole, edited in rows)
+
+
+def test_integrated_gradients_nearly_add_up(demo_url: str) -> None:
+    said = _run_example("integrated_gradients.py", demo_url)
+
+    change, shares = _numbers(r"rises by (\S+); the shares add up to (\S+)", said)
+    assert shares == pytest.approx(change, rel=0.35)
+
+
+def test_all_edges_are_estimated_at_once(demo_url: str) -> None:
+    assert "66 edges between MLPs" in _run_example("edge_attribution.py", demo_url)
+
+
+def test_a_contrast_vector_changes_what_is_written(demo_url: str) -> None:
+    texts = re.findall(r"^ +[+-]\d\.0  (.+)$", _run_example("steering_vector.py", demo_url), re.M)
+
+    assert len(set(texts)) == 3
+
+
+def test_a_patchscope_reads_paris_off_a_state(demo_url: str) -> None:
+    said = _run_example("patchscopes.py", demo_url)
+
+    assert re.search(r"after layer 8 +\[' Paris'", said)
+
+
+def test_a_function_vector_moves_towards_opposites(demo_url: str) -> None:
+    said = _run_example("function_vectors.py", demo_url)
+
+    ranks = [words.split(", ") for words in re.findall(r"\[(.+)\]", said)]
+    before, after = (list(words).index("' late'") for words in ranks[:2])
+    assert after < before
+
+
+def test_resample_ablation_shows_three_ways(demo_url: str) -> None:
+    said = _run_example("resample_ablation.py", demo_url)
+
+    assert len(re.findall(r"zero +\S+ +mean +\S+ +resample +\S+", said)) == 6
+
+
+@pytest.mark.timeout(240)
+def test_a_linear_probe_learns_on_the_server(demo_url: str) -> None:
+    said = _run_example("linear_probe.py", demo_url)
+
+    assert len(re.findall(r"in 24 steps, [34] of 4 new prompts right", said)) == 3
+
+
+@pytest.mark.timeout(240)
+def test_lora_teaches_a_capital_and_comes_home(demo_url: str) -> None:
+    said = _run_example("lora_training.py", demo_url)
+
+    assert re.search(r"after +The capital of Zubrowka is Lutz", said)
+    assert not re.search(r"before +The capital of Zubrowka is Lutz", said)
+    assert "loaded again: 10 modules" in said
+
+
+@pytest.mark.timeout(240)
+def test_a_tuned_lens_reads_better_than_the_logit_lens(demo_url: str) -> None:
+    plain, tuned = _numbers(
+        r"logit lens (\S+), tuned lens (\S+)", _run_example("tuned_lens.py", demo_url)
+    )
+
+    assert tuned < plain / 2
+
+
+@pytest.mark.timeout(240)
+def test_a_spliced_autoencoder_keeps_the_answer(demo_url: str) -> None:
+    said = _run_example("sae_splice.py", demo_url)
+
+    assert _numbers(r"unexplained variance \S+ -> (\S+);", said)[0] < 0.1
+    assert re.search(r"spliced .* with \[' Paris'", said)
+
+
+@pytest.mark.timeout(240)
+def test_a_transcoder_takes_the_place_of_an_mlp(demo_url: str) -> None:
+    said = _run_example("transcoder_splice.py", demo_url)
+
+    assert _numbers(r"unexplained: \S+ -> (\S+) of", said)[0] < 0.5
+    assert re.search(r"transcoded .* with \[' Paris'", said)
+
+
+@pytest.mark.timeout(240)
+def test_das_finds_directions_that_decide(demo_url: str) -> None:
+    before, after = _numbers(r"Colosseum: (\S+) -> (\S+)", _run_example("das.py", demo_url))
+
+    assert before < 0 < 5 < after
+
+
+def test_the_load_request_shares_forwards(demo_url: str) -> None:
+    (forwards,) = _numbers(
+        r"16 requests ran in (\d+) forward", _run_example("load_request.py", demo_url)
+    )
+
+    assert forwards <= 4
+
+
 def _patched_with_plain_hooks(folder: Path) -> list[float]:
     """Return logit(Paris) - logit(Rome) per patched layer, by transformers alone."""
     tokenizer = AutoTokenizer.from_pretrained(folder)

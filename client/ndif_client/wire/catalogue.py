@@ -147,6 +147,10 @@ def _ops() -> list[Op]:
        method=False, cost="matmul")  # fmt: skip
     op("linear", "input weight bias", "`input @ weight.T + bias`.", home="functional",
        method=False, cost="matmul")  # fmt: skip
+    op("matrix_exp", "input", "Matrix exponential: of a skew-symmetric matrix, a rotation.",
+       cost="matmul")  # fmt: skip
+    op("qr", "A mode", "QR decomposition; the columns of Q are orthonormal.", home="linalg",
+       method=False, fields=("Q", "R"), cost="matmul")  # fmt: skip
     op("cdist", "x1 x2 p", "Distances between two sets of vectors.", method=False, cost="matmul")
     op("cosine_similarity", "x1 x2 dim eps", "Cosine of the angle along `dim`.", method=False,
        cost="reduction")  # fmt: skip
