@@ -200,7 +200,9 @@ def dtype_name(value: Any) -> str:
 
 
 def is_dtype(value: Any) -> bool:
-    """Whether `value` is a dtype of torch or numpy, or a Python type that stands for one."""
+    """Whether `value` is a dtype of torch or numpy, its name, or a Python type that means one."""
+    if isinstance(value, str):
+        return value.removeprefix("torch.") in ITEM_BYTES
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(value, torch.dtype):
         return True

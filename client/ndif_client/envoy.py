@@ -91,22 +91,21 @@ class Envoy:
         inside of it can't be read or written in this invoke.
 
         Args:
-            value: of the shape of its output; where this is several tensors, of the first of them,
-                or a tuple of all.
+            value: of the shape of its output; a tuple of all where this is several tensors.
 
         Raises:
             GraphError: the value can't be its output, or its inside is used.
         """
         infos = self._hooks("output")
         parts = list(value) if isinstance(value, tuple | list) else [value]
-        if len(parts) not in (1, len(infos)):
+        if len(parts) != len(infos):
             raise graph_error(
-                f"{self._title()} returns {len(infos)} tensors; skip it with the first of them or "
-                f"with all, not with {len(parts)}"
+                f"{self._title()} returns {len(infos)} tensors, so it is skipped with as many, not "
+                f"with {len(parts)}; to replace some of them, write its output"
             )
-        for info, part in zip(infos, parts, strict=False):
-            write_hook(self._path, info, part)
         current_recorder(self._title()).skip(self._path)
+        for info, part in zip(infos, parts, strict=True):
+            write_hook(self._path, info, part)
 
     def at_call(self, call: int) -> Envoy:
         """Return the same module at its `call`-th call (from 0) within one forward."""

@@ -6,6 +6,7 @@ Operators and the catalogue's methods are put on the class by `operators`.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,9 @@ from ndif_client.wire.tensors import is_array
 
 if TYPE_CHECKING:
     from ndif_client.held import Handle
+
+#: Devices by torch's names: what is said of them is passed over.
+_DEVICE = re.compile(r"(cpu|cuda|mps|xpu|meta)(:\d+)?$")
 
 #: What Python may ask of a tensor but not of a value that is still to be computed.
 _UNKNOWN = {
@@ -221,7 +225,11 @@ class Proxy(Value, MethodTypes):
 
     def to(self, *args: Any, **kwargs: Any) -> Proxy:
         """Return the value in another dtype; devices mean nothing here and are passed over."""
-        wanted = [value for value in (*args, *kwargs.values()) if is_dtype(value)]
+        given = (*args, *kwargs.values())
+        for value in given:
+            if isinstance(value, str) and not is_dtype(value) and not _DEVICE.match(value):
+                raise graph_error(f"to({value!r}): that is neither a dtype nor a device")
+        wanted = [value for value in given if is_dtype(value)]
         if not wanted:
             if any(isinstance(value, Value | Delegate) for value in args):
                 raise graph_error("to(...) takes a dtype, not another value")

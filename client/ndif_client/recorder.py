@@ -419,10 +419,14 @@ class Recorder:
         for number, node in enumerate(self._nodes):
             if not isinstance(node, ReadHook | WriteHook) or node.invoke != invoke:
                 continue
-            same_steps = overlap(self._blocks[number].steps, steps)
-            if same_steps and node.hook.path.startswith(f"{path}."):
+            own = node.hook.path == path and (
+                node.hook.port == "output" or isinstance(node, WriteHook)
+            )
+            inside = own or node.hook.path.startswith(f"{path}.")
+            if inside and overlap(self._blocks[number].steps, steps):
                 raise graph_error(
-                    f"{path} is skipped, so {node.hook} inside of it would never be reached",
+                    f"{path} is skipped, so what is done to {node.hook} before would never be "
+                    "reached",
                     hook=str(node.hook),
                     other=self.source_of(number),
                 )

@@ -14,6 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from ndif_client.reference import reference
 from tests.integration.server.harness import running
 
 ROOT = Path(__file__).parents[2]
@@ -34,7 +35,10 @@ def _blocks(page: Path) -> str:
 
 
 @pytest.mark.timeout(240)
-async def test_every_block_of_the_guide_runs_in_order(smollm2: Path) -> None:
+async def test_every_block_of_the_guide_runs_in_order(
+    smollm2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # it saves files
     page = ROOT / "docs" / "guide.md"
     program = _blocks(page)
     code = compile(program, str(page), "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
@@ -338,6 +342,10 @@ def _patched_with_plain_hooks(folder: Path) -> list[float]:
         # Patched after the last layer, the last position is the clean prompt's.
         logits = model(clean).logits[0, -1]
     return [*differences, float(logits[paris] - logits[rome])]
+
+
+def test_the_reference_is_that_of_this_version() -> None:
+    assert (ROOT / "docs" / "reference.md").read_text() == reference()
 
 
 def test_the_readme_names_the_commands_that_ci_runs() -> None:

@@ -78,9 +78,12 @@ def test_a_skipped_module_gives_the_value_for_this_user_only(session: Any, famil
     with pytest.raises(errors.GraphError, match="never reached"), session.trace(PROMPT):
         model.layers[1].mlp.skip(model.layers[1].resid_pre)
         model.layers[1].mlp[inner].output.save()
-    with pytest.raises(errors.GraphError, match="would never be reached"), session.trace(PROMPT):
-        model.layers[1].mlp[inner].output.save()
-        model.layers[1].mlp.skip(model.layers[1].resid_pre)
+    for earlier in (model.layers[1].mlp[inner], model.layers[1].mlp):
+        with pytest.raises(errors.GraphError, match="never be reached"), session.trace(PROMPT):
+            earlier.output.save()
+            model.layers[1].mlp.skip(model.layers[1].resid_pre)
+    with pytest.raises(errors.GraphError, match="as many"), session.trace(PROMPT):
+        model.layers[1].mlp.skip((model.layers[1].resid_pre, model.layers[1].resid_pre))
 
 
 def test_a_cache_holds_what_the_model_has_computed(session: Any, family: str) -> None:

@@ -361,3 +361,17 @@ def test_proxies_can_be_keys_and_shown(session: Session, model: Any) -> None:
         assert "model.layers.0.output" in repr(h)
         assert "test_proxy.py" in f"{h + 1}"
     assert sum(isinstance(node, Apply) for node in finished_graph(trace).nodes) == 1
+
+
+def test_a_dtype_may_be_given_by_name_and_a_device_is_passed_over(
+    session: Session, model: Any
+) -> None:
+    with scratch(session):
+        h = model.model.layers[0].output
+        assert h.to("cuda:0") is h and h.to("cpu") is h
+        for name in ("float64", "torch.bfloat16"):
+            cast = h.to(name)
+            node = cast._recorder._nodes[cast._node]
+            assert node.op == "to" and node.args[1].name == name.removeprefix("torch.")  # type: ignore[union-attr]
+        with pytest.raises(GraphError, match="neither a dtype nor a device"):
+            h.to("flaot32")
