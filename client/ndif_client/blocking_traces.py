@@ -42,7 +42,8 @@ class LoopThread:
             raise
 
     def stop(self) -> None:
-        """End the loop and its thread."""
+        """End the loop and its thread, and what still runs on it."""
+        self.call(_cancel_others())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
@@ -211,6 +212,14 @@ class _InChain:
 async def awaited(awaitable: Awaitable[T]) -> T:
     """Await something that is no coroutine, where one is wanted."""
     return await awaitable
+
+
+async def _cancel_others() -> None:
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in others:
+        task.cancel()
+    await asyncio.gather(*others, return_exceptions=True)
+    await asyncio.sleep(0)
 
 
 async def _next(stream: TokenStream) -> Token | None:

@@ -390,9 +390,11 @@ class Session:
         if self._shares:
             return
         self._display.close()
-        for task in list(self._tidying):
+        tidying = list(self._tidying)
+        for task in tidying:
             task.cancel()
         try:
+            await asyncio.gather(*tidying, return_exceptions=True)
             await self._submitter.close()
             if self._holder.has_kept:
                 with suppress(TimeoutError):

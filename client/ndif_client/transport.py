@@ -5,6 +5,7 @@ Knows endpoints and frames; knows nothing of graphs, proxies or results.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -79,6 +80,8 @@ class Transport:
         """Close all connections."""
         if self._http is not None:
             await self._http.close()
+            # A closed connection lets go of its socket in the loop's next turn, which may be none.
+            await asyncio.sleep(0)
 
     async def get(self, path: str, reply: type[T]) -> T:
         """Fetch a JSON reply.
