@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import msgspec
 import pytest
 import torch
+from msgspec.structs import replace
 
 from ndif_actor.engine.engine import Engine
 from ndif_actor.messages import Group, GroupResult, Layout, RunPass
@@ -19,6 +20,8 @@ from ndif_client.wire.graph import (
     Argument,
     Backward,
     CallModule,
+    Choose,
+    Condition,
     Constant,
     Dots,
     Graph,
@@ -103,7 +106,20 @@ class Recorder:
         self.nodes: list[Node] = []
         self.buffers: list[bytes] = []
         self.steps: list[Steps] = []
+        self.conditions: list[Condition] = []
+        self.under: list[int] = []
+        self.seed = 0
         self._current = PREFILL
+        self._under = 0
+
+    @contextmanager
+    def when(self, condition: Ref, *, negated: bool = False) -> Iterator[None]:
+        """Within the block, nodes run only if a value is not 0 (or is)."""
+        outer = self._under
+        self.conditions.append(Condition(condition.node, negated, outer))
+        self._under = len(self.conditions)
+        yield
+        self._under = outer
 
     @contextmanager
     def during(self, start: int, stop: int | None = None, stride: int = 1) -> Iterator[None]:
@@ -115,6 +131,7 @@ class Recorder:
     def add(self, node: Node) -> Ref:
         self.nodes.append(node)
         self.steps.append(self._current)
+        self.under.append(self._under)
         return Ref(len(self.nodes) - 1)
 
     def read(self, hook: str | HookPoint, invoke: int = 0) -> Ref:
@@ -147,6 +164,9 @@ class Recorder:
     def write_gradient(self, backward: Ref, of: Ref, value: Argument) -> Ref:
         return self.add(WriteGradient(backward.node, of, value))
 
+    def choose(self, condition: Ref, then: Ref, otherwise: Ref) -> Ref:
+        return self.add(Choose(condition, then, otherwise))
+
     def save(self, value: Ref, name: str | None = None) -> Ref:
         return self.add(Save(value, name))
 
@@ -156,9 +176,12 @@ class Recorder:
         sources = [Source("experiment.py", n + 1, f"line {n + 1}") for n in lines]
         blocks = list(dict.fromkeys(self.steps))
         during = [blocks.index(steps) for steps in self.steps]
+        graph = Graph(list(self.nodes), sources, list(lines), seed=self.seed)
+        if self.conditions:
+            graph = replace(graph, conditions=self.conditions, under=self.under)
         if blocks in ([], [PREFILL]):
-            return Graph(list(self.nodes), sources, list(lines))
-        return Graph(list(self.nodes), sources, list(lines), blocks, during)
+            return graph
+        return replace(graph, steps=blocks, during=during)
 
 
 def point(hook: str | HookPoint, call: int = 0) -> HookPoint:
@@ -209,7 +232,7 @@ class Request:
         return Group(
             request=f"request-{number}",
             invokes=self.invokes,
-            graph=Graph(nodes, own.sources, own.at, own.steps, own.during),
+            graph=replace(own, nodes=nodes),
             sharing=self.sharing,
             scope="scope",
             held=self.held,

@@ -209,6 +209,8 @@ class Execution:
 
     def _own(self, made: list[int]) -> None:
         """Copy what outlives this moment: it may be a view of the batch the model goes on with."""
+        if self.fault is not None:
+            return  # its values are gone already
         for number in made:
             node = self.program.graph.nodes[number]
             # Parameters and held values stay as they are; a constant lies in memory that this pass

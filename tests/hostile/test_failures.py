@@ -42,11 +42,21 @@ def write_a_wrong_shape(recorder: Recorder) -> int:
     return recorder.write("model.layers.1.output", value).node
 
 
+def fail_beside_a_value_for_later(recorder: Recorder) -> int:
+    hidden = recorder.read("model.layers.0.output")
+    kept = recorder.apply("sin", hidden)  # made in the same moment, used in a later one
+    far = recorder.apply("add", recorder.apply("argmax", hidden, -1), 10_000)
+    recorder.save(recorder.apply("getitem", hidden, (slice(None), far)))
+    recorder.write("model.layers.1.output", kept)
+    return far.node + 1
+
+
 FAILURES: tuple[Callable[[Recorder], int], ...] = (
     index_far_out,
     look_up_an_unknown_token,
     multiply_unequal_dtypes,
     write_a_wrong_shape,
+    fail_beside_a_value_for_later,
 )
 
 

@@ -144,6 +144,51 @@ def gradients(shard: Shard, family: str) -> None:
     shard.check(family, [Request(recorder, [[EIFFEL], [SHORT]])], tolerance=1e-7)
 
 
+def conditions(shard: Shard, family: str) -> None:
+    """All ranks take the branch that the values tell, and draw the same random numbers."""
+    for threshold in (-1e9, 1e9):
+        recorder = Recorder()
+        recorder.seed = 7
+        inner = recorder.read("model.layers.1.mlp.gate_proj.output")
+        large = recorder.apply("gt", recorder.apply("norm", inner), threshold)
+        with recorder.when(large):
+            noise = recorder.apply("randn_like", inner)
+            recorder.write("model.layers.1.mlp.gate_proj.output", noise)
+            recorder.save(noise)
+        with recorder.when(large, negated=True):
+            half = recorder.apply("mul", inner, 0.5)
+            recorder.write("model.layers.1.mlp.gate_proj.output", half)
+        recorder.save(recorder.choose(large, inner, half))
+        recorder.save(recorder.read("output[logits]"))
+        neighbour = EXPERIMENTS[0](LLAMA)
+        request = Request(recorder, [[EIFFEL]])
+        results, buffers = run(shard.engine(family), [request, neighbour])
+        if shard.rank != 0:
+            continue
+        own = saved(results[0], buffers)
+        wanted = by_hand(shard.oracle(family), large=threshold < 0)
+        numbers = sorted(own)
+        assert len(numbers) == (3 if threshold < 0 else 2)
+        torch.testing.assert_close(own[numbers[-1]], wanted, rtol=0, atol=EXACT)
+        assert_equal(saved(results[1], buffers), neighbour.on(shard.oracle(family)), EXACT)
+
+
+def by_hand(oracle: Oracle, *, large: bool) -> torch.Tensor:
+    """Return the logits of plain transformers with what one of the branches writes."""
+
+    def change(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(7)
+        drawn = torch.randn(output.shape, dtype=output.dtype, generator=generator)
+        return drawn if large else output * 0.5
+
+    projection = oracle.model.get_submodule("model.layers.1.mlp.gate_proj")
+    handle = projection.register_forward_hook(change)
+    try:
+        return oracle.logits(EIFFEL)
+    finally:
+        handle.remove()
+
+
 def _is_callable(path: str) -> bool:
     return path.startswith(
         ("model.layers.1.self_attn.", "model.layers.1.mlp", "model.norm", "lm_head")
@@ -337,6 +382,7 @@ CASES: dict[str, Callable[[Shard, str], Any]] = {
         module_calls,
         failures,
         gradients,
+        conditions,
         held_values,
         generations,
         slices,
