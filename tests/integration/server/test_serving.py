@@ -293,6 +293,7 @@ async def test_a_body_that_only_announces_too_much_is_refused_unread(server: Ser
 
     assert b" 413 " in await asyncio.wait_for(reader.readline(), 5)
     writer.close()
+    await writer.wait_closed()
 
 
 async def test_the_server_survives_connections_cut_at_any_point(
@@ -303,6 +304,7 @@ async def test_the_server_survives_connections_cut_at_any_point(
         _, writer = await asyncio.open_connection(host, int(port))
         writer.write(cut)
         writer.close()
+        await writer.wait_closed()
 
     request = trace(MODEL, save_layer(0))
     assert (await client.run(request)).done(request)
