@@ -1,8 +1,9 @@
 """The slow, obvious path: one request, one forward of plain transformers, plain PyTorch hooks.
 
 Nothing of the ragged batch, the interleaver, the programs or the sharding is used here. What is
-shared with the engine is proven by itself: the operations of the catalogue (`ops`) and the
-addresses of tensors inside a module's arguments (`leaves`).
+shared with the engine is proven by itself: the operations of the catalogue (`ops`), the addresses
+of tensors inside a module's arguments (`leaves`), and how the operations inside of a forward are
+watched (`operations`, see tests/integration/engine/test_operations.py).
 """
 
 from __future__ import annotations
@@ -10,13 +11,15 @@ from __future__ import annotations
 import inspect
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from ndif_actor.engine import leaves, ops
+from ndif_actor.engine import leaves, operations, ops
 from ndif_client.wire.catalogue import CATALOGUE
 from ndif_client.wire.graph import (
     Apply,
@@ -135,7 +138,7 @@ class _Run:
         self.longest = max(map(len, self.prompts))
         self.before = [0] * len(self.prompts)
         self.padding = [self.longest - len(prompt) for prompt in self.prompts]
-        self.calls: Counter[tuple[str, str]] = Counter()
+        self.calls: Counter[tuple[str, str, str]] = Counter()
         self.calling = False
 
     def continue_after(self, tokens: Sequence[int]) -> None:
@@ -146,18 +149,20 @@ class _Run:
         self.longest = 1
 
     def forward(self, cache: DynamicCache | None = None) -> torch.Tensor:
-        handles = []
-        for path, module in self.model.named_modules():
-            handles += [
-                module.register_forward_pre_hook(self._pre_hook(path), with_kwargs=True),
-                module.register_forward_hook(self._hook(path)),
-            ]
-        try:
+        inside = {
+            node.hook.path
+            for node in self.pending.values()
+            if isinstance(node, ReadHook | WriteHook) and node.hook.operation
+        }
+        with ExitStack() as stack:
+            for path, module in self.model.named_modules():
+                before = module.register_forward_pre_hook(self._pre_hook(path), with_kwargs=True)
+                stack.callback(before.remove)
+                stack.callback(module.register_forward_hook(self._hook(path)).remove)
+                if path in inside:
+                    stack.enter_context(operations.watching(module, self._watch(path)))
             cached = {} if cache is None else {"past_key_values": cache}
             output = self.model(**self._inputs(), use_cache=cache is not None, **cached)
-        finally:
-            for handle in handles:
-                handle.remove()
         logits: torch.Tensor = output.logits
         return logits
 
@@ -167,9 +172,7 @@ class _Run:
             if any(used not in self.values for used in references(node)):
                 continue
             if isinstance(node, ReadHook | WriteHook):
-                if point is None or point != HookPoint(
-                    node.hook.path, node.hook.port, "", node.hook.call
-                ):
+                if point is None or point != msgspec.structs.replace(node.hook, leaf=""):
                     continue
                 leaf = node.hook.leaf
                 if isinstance(node, ReadHook):
@@ -208,11 +211,14 @@ class _Run:
     def _hook(self, path: str) -> Any:
         return lambda module, args, output: self._fire(path, "output", output)
 
-    def _fire(self, path: str, port: Any, structure: Any) -> Any:
+    def _watch(self, path: str) -> Any:
+        return lambda name, port, structure: self._fire(path, port, structure, name)
+
+    def _fire(self, path: str, port: Any, structure: Any, operation: str = "") -> Any:
         if self.calling:
             return structure
-        point = HookPoint(path, port, "", self.calls[path, port])
-        self.calls[path, port] += 1
+        point = HookPoint(path, port, "", self.calls[path, port, operation], operation)
+        self.calls[path, port, operation] += 1
         return self.advance(point, structure)
 
     def _compute(self, number: int, node: Node) -> None:

@@ -148,13 +148,17 @@ class Recorder:
 
 
 def point(hook: str | HookPoint, call: int = 0) -> HookPoint:
-    """Return the hook point written as "path.output", "path.input[args.0]" or "output[logits]"."""
+    """Return the hook point written as "path.output", "path.input[args.0]" or "output[logits]".
+
+    That of an operation is written as "path.source.add_0.output".
+    """
     if isinstance(hook, HookPoint):
         return hook
     place, _, leaf = hook.removesuffix("]").partition("[")
     path, _, port = place.rpartition(".")
+    path, _, operation = path.partition("source.")
     known: dict[str, Port] = {"input": "input", "output": "output"}
-    return HookPoint(path, known[port], leaf, call)
+    return HookPoint(path.removesuffix("."), known[port], leaf, call, operation)
 
 
 def argument(value: Any) -> Argument:

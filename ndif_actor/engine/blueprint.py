@@ -5,7 +5,7 @@ Owned by the coordinator; the shards build the same one, so both agree on every 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import msgspec
@@ -16,12 +16,12 @@ from ndif_actor.engine import adapter, shapes, tree
 from ndif_actor.engine.checks import graph_fault
 from ndif_actor.engine.explain import explain
 from ndif_actor.engine.hookpoints import HookTable, discover
-from ndif_actor.engine.probe import depth_fault
+from ndif_actor.engine.probe import depth_fault, stale_operations
 from ndif_actor.engine.program import Program, compile_graph
 from ndif_actor.engine.shapes import Price
 from ndif_actor.errors import ModelError
 from ndif_actor.messages import Group
-from ndif_client.wire.graph import Constant, Graph
+from ndif_client.wire.graph import Constant, Graph, HookPoint
 from ndif_client.wire.messages import Explanation, ModelTree
 from ndif_client.wire.tensors import check_buffer
 
@@ -46,6 +46,8 @@ class Blueprint:
         layers = self.table.layers
         if layers and depth_fault(model, layers, self.vocab_size, torch.device("meta")):
             self.keep_rows()
+        elif layers:
+            self.withhold(stale_operations(model, layers, self.table.sites, self.vocab_size))
         if world_size > 1 and self.table.unpackable is not None:
             raise ModelError(
                 f"{type(model).__name__} is served with --tp 1 only: {self.table.unpackable}"
@@ -76,6 +78,10 @@ class Blueprint:
     def keep_rows(self) -> None:
         """Let every row stay in the batch through all layers."""
         self.table = msgspec.structs.replace(self.table, layers=None)
+
+    def withhold(self, withheld: Mapping[HookPoint, str]) -> None:
+        """Offer some hook points no more; the reasons are told who asks for them."""
+        self.table = self.table.without(withheld)
 
     def tree(self, *, model_id: str, device: str, unpackable: str | None) -> ModelTree:
         """Describe the model to clients; `unpackable` is what the shards found out, if anything."""
