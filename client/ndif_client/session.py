@@ -42,7 +42,7 @@ class Session:
 
     def __init__(self, transport: Transport, tree: ModelTree, tensors: ArrayKind) -> None:
         self.tree = tree
-        self.model = Envoy(tree.root)
+        self.model = Envoy(tree.root, forwards=tree.forwards)
         self._transport = transport
         self._tensors: ArrayKind = tensors
         self._submitter = Submitter(transport)

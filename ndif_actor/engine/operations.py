@@ -279,9 +279,9 @@ def _check(definition: ast.FunctionDef) -> None:
         name = getattr(node, "attr", getattr(node, "id", ""))
         if name.startswith("__") and not name.endswith("__"):
             raise Unoffered(f"it uses a private name of its class, {name}")
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
-            if node.func.id in _FRAME_DEPENDENT:
-                raise Unoffered(f"it calls {node.func.id}()")
+        called = node.func if isinstance(node, ast.Call) else None
+        if isinstance(called, ast.Name) and called.id in _FRAME_DEPENDENT:
+            raise Unoffered(f"it calls {called.id}()")
 
 
 class _Operations(ast.NodeTransformer):

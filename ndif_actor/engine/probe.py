@@ -108,7 +108,9 @@ def stale_operations(
     packing = batch.packing
     assert packing is not None
     inside = layers.boundaries[0].path
-    around = {path for path, _ in model.named_modules() if not path or inside.startswith(f"{path}.")}
+    around = {
+        path for path, _ in model.named_modules() if not path or inside.startswith(f"{path}.")
+    }
     stale: dict[HookPoint, str] = {}
 
     def look(point: HookPoint, tensor: torch.Tensor) -> None:

@@ -335,8 +335,8 @@ class ModuleInfo(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     #: what torch prints between the parentheses, e.g. "in_features=576, out_features=1536"
     extra: str = ""
     hooks: list[HookInfo] = []
-    #: position of its forward in `ModelTree.forwards`, and the order that those orders start from
-    forward: int = 0
+    #: position of its forward in `ModelTree.forwards`, and what its orders are counted from
+    forward: int | None = None
     first_order: int = 0
     parameters: list[ParameterInfo] = []
     children: list[ModuleInfo] = []

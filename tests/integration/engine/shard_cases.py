@@ -158,6 +158,7 @@ def layouts(shard: Shard, family: str) -> None:
         str(point).removeprefix("model.layers.0."): (layout.axis, layout.sizes)
         for point, layout in engine._model._layouts.items()
         if point.path.startswith("model.layers.0.") or "layers" not in point.path
+        if not point.operation
     }
     assert found == LAYOUTS[family]
 
