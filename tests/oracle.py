@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import torch
@@ -38,6 +38,10 @@ from ndif_client.wire.tensors import import_array
 
 CPU = torch.device("cpu")
 
+#: Prompts to tell axes apart with.
+_LENGTH = 53
+_MEASURE = [[[3] * _LENGTH, [4] * _LENGTH]]
+
 #: Token ids per invoke and prompt.
 Invokes = Sequence[Sequence[Sequence[int]]]
 
@@ -55,6 +59,7 @@ class Oracle:
         if not model._supports_sdpa:
             model.set_attn_implementation("eager")
         self.model = model.eval()
+        self._axes: dict[HookPoint, _Axes] = {}
 
     def logits(self, ids: Sequence[int]) -> torch.Tensor:
         """Return the logits `[1, sequence, vocabulary]` of one prompt, without any hook."""
@@ -68,7 +73,7 @@ class Oracle:
         Returns:
             What the graph saves.
         """
-        run = _Run(self.model, invokes, graph, buffers)
+        run = _Run(self.model, invokes, graph, buffers, self._axes_of(graph))
         with torch.no_grad():
             run.advance(None, None)
             run.forward()
@@ -93,7 +98,7 @@ class Oracle:
         values: dict[int, Any] = {}
         cache = DynamicCache()
         for step in range(num_steps):
-            run = _Run(self.model, invokes, graph, buffers, step)
+            run = _Run(self.model, invokes, graph, buffers, self._axes_of(graph), step)
             run.values |= {n: value for n, value in values.items() if n not in run.pending}
             if step:
                 run.continue_after([tokens[-1] for tokens in made])
@@ -106,6 +111,33 @@ class Oracle:
             for tokens, row in zip(made, logits[:, -1], strict=True):
                 tokens.append(int(row.argmax()))
         return saved, made
+
+    def _axes_of(self, graph: Graph) -> dict[HookPoint, _Axes]:
+        """Return which axes are the prompts' and the tokens' at what a graph touches.
+
+        Found in a forward of sizes that no other axis of the small models has.
+        """
+        touched = {node.hook for node in graph.nodes if isinstance(node, ReadHook | WriteHook)}
+        if unknown := sorted(touched - self._axes.keys()):
+            shapes = _Shapes(self.model, _MEASURE, Graph([ReadHook(hook) for hook in unknown]))
+            with torch.no_grad():
+                shapes.forward()
+            for number, hook in enumerate(unknown):
+                shape = shapes.values[number]
+                flat = _LENGTH not in shape
+                axis = shape.index(len(_MEASURE[0]) * _LENGTH if flat else _LENGTH)
+                self._axes[hook] = _Axes(axis, flat)
+        return self._axes
+
+
+class _Axes(NamedTuple):
+    """Where a tensor has its tokens, and whether the prompts lie along the same axis.
+
+    Otherwise the prompts are its first axis.
+    """
+
+    tokens: int
+    flat: bool
 
 
 class _Run:
@@ -120,11 +152,13 @@ class _Run:
         model: torch.nn.Module,
         invokes: Invokes,
         graph: Graph,
-        buffers: Sequence[bytes],
+        buffers: Sequence[bytes] = (),
+        axes: Mapping[HookPoint, _Axes] | None = None,
         step: int = 0,
     ) -> None:
         self.model = model
         self.buffers = buffers
+        self.axes = axes or {}
         self.step = step
         self.pending: dict[int, Node] = {
             number: node
@@ -174,13 +208,13 @@ class _Run:
             if isinstance(node, ReadHook | WriteHook):
                 if point is None or point != msgspec.structs.replace(node.hook, leaf=""):
                     continue
-                leaf = node.hook.leaf
+                here = leaves.get(structure, node.hook.leaf)
                 if isinstance(node, ReadHook):
-                    self.values[number] = self._read(leaves.get(structure, leaf), node.invoke)
+                    self.values[number] = self._read(here, node.hook, node.invoke)
                 else:
                     value = ops.resolve(node.value, self.values.__getitem__)
-                    changed = self._written(leaves.get(structure, leaf), node.invoke, value)
-                    structure = leaves.replace(structure, leaf, changed)
+                    changed = self._written(here, node.hook, node.invoke, value)
+                    structure = leaves.replace(structure, node.hook.leaf, changed)
             else:
                 self._compute(number, node)
             del self.pending[number]
@@ -247,9 +281,9 @@ class _Run:
 
     # ------------------------------------------------------------ an invoke's rows
 
-    def _read(self, tensor: torch.Tensor, invoke: int) -> torch.Tensor:
+    def _read(self, tensor: torch.Tensor, hook: HookPoint, invoke: int) -> Any:
         """Return an invoke's rows, its shorter prompts padded with zeros on the left."""
-        split, axis, tokens = self._split(tensor)
+        split, axis, tokens = self._split(tensor, hook)
         lengths = self.lengths[invoke]
         longest = max(lengths)
         shape = list(split.shape)
@@ -262,10 +296,12 @@ class _Run:
             rows.select(axis, i).narrow(tokens - 1, longest - length, length).copy_(real)
         return rows if split.dim() == tensor.dim() else rows.flatten(axis, tokens)
 
-    def _written(self, tensor: torch.Tensor, invoke: int, value: Any) -> torch.Tensor:
+    def _written(
+        self, tensor: torch.Tensor, hook: HookPoint, invoke: int, value: Any
+    ) -> torch.Tensor:
         """Return a copy of `tensor` with an invoke's rows, its padding excepted, replaced."""
-        split, axis, tokens = self._split(tensor.clone())
-        mine = self._read(tensor, invoke)
+        split, axis, tokens = self._split(tensor.clone(), hook)
+        mine = self._read(tensor, hook, invoke)
         value = torch.as_tensor(value).expand(mine.shape)
         lengths = self.lengths[invoke]
         longest = max(lengths)
@@ -277,13 +313,19 @@ class _Run:
             ).copy_(value.select(axis, i).narrow(tokens - 1, longest - length, length))
         return split.reshape(tensor.shape)
 
-    def _split(self, tensor: torch.Tensor) -> tuple[torch.Tensor, int, int]:
+    def _split(self, tensor: torch.Tensor, hook: HookPoint) -> tuple[torch.Tensor, int, int]:
         """Return a tensor with axes for prompts and tokens, and which ones those are."""
-        count, shape = len(self.prompts), list(tensor.shape)
-        if shape[0] == count and self.longest in shape[1:]:
-            return tensor, 0, 1 + shape[1:].index(self.longest)
-        axis = shape.index(count * self.longest)
-        return tensor.unflatten(axis, (count, self.longest)), axis, axis + 1
+        axis, flat = self.axes[hook]
+        if not flat:
+            return tensor, 0, axis
+        return tensor.unflatten(axis, (len(self.prompts), self.longest)), axis, axis + 1
 
     def _first(self, invoke: int) -> int:
         return sum(map(len, self.lengths[:invoke]))
+
+
+class _Shapes(_Run):
+    """Reads shapes instead of values."""
+
+    def _read(self, tensor: torch.Tensor, hook: HookPoint, invoke: int) -> Any:
+        return tuple(tensor.shape)

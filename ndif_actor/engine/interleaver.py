@@ -20,7 +20,7 @@ from ndif_actor.engine import leaves
 from ndif_actor.engine.execution import Execution
 from ndif_actor.engine.hookpoints import HookTable
 from ndif_actor.engine.moments import Moment
-from ndif_actor.engine.operations import watching
+from ndif_actor.engine.operations import Unoffered, watching
 from ndif_actor.engine.program import BEFORE_FORWARD
 from ndif_client.wire.graph import Port
 
@@ -84,7 +84,8 @@ class Interleaver:
                 handle = self._hook(self._model.get_submodule(path), path, port)
                 stack.callback(handle.remove)
             for path in {moment.path for moment in self._missing}:
-                stack.enter_context(self._watch(path))
+                with suppress(Unoffered):  # those that wait for it are refused in the end
+                    stack.enter_context(self._watch(path))
             for group in self._groups:
                 group.pause_hooks = self._pause
             with suppress(ForwardComplete):
