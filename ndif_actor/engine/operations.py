@@ -132,12 +132,12 @@ def find(module: torch.nn.Module) -> Rewritten:
     if not isinstance(innermost, FunctionType) or home.partition(".")[0] != _LIBRARY:
         raise Unoffered(f"the forward of {kind.__name__} is not code of transformers")
     found = _rewritten(innermost)
+    if innermost.__name__ != "forward":
+        found = "a decorator hides it"
+    elif _exchanged(module.forward, innermost, innermost) is None:
+        found = "something else runs it"
     if isinstance(found, str):
         raise Unoffered(f"the forward of {kind.__name__} can't be looked into: {found}")
-    if _exchanged(module.forward, innermost, innermost) is None:
-        raise Unoffered(
-            f"the forward of {kind.__name__} can't be looked into: something else runs it"
-        )
     return found
 
 

@@ -104,7 +104,7 @@ def module_calls(shard: Shard, family: str) -> None:
     """Call the modules of a block on whole values, batched or not, by position and by name."""
     recorder = Recorder()
     for point in shard.engine(family).blueprint.table.sites:
-        if point.port == "input" and _is_callable(point.path):
+        if point.port == "input" and not point.operation and _is_callable(point.path):
             value = recorder.apply("cos", recorder.read(point))
             recorder.save(recorder.call(point.path, value))
             recorder.save(recorder.call(point.path, recorder.apply("getitem", value, (0, 0))))
