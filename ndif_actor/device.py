@@ -102,6 +102,7 @@ class Device:
             unpackable=self._engine.unpackable,
             cache_pages=cache.num_pages if cache is not None else 0,
             page_tokens=PAGE_TOKENS,
+            withheld=self._engine.withheld,
         )
 
     def run(

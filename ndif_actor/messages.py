@@ -21,7 +21,7 @@ from typing import Annotated, Literal
 import msgspec
 
 from ndif_client.wire.frames import FrameLimits
-from ndif_client.wire.graph import Graph
+from ndif_client.wire.graph import Graph, HookPoint
 from ndif_client.wire.messages import Decoding, Fault, HeldSpec, SavedTensor, SavedTuple
 
 #: How a pass lays out its groups: end to end in one row, or one request padded to a rectangle.
@@ -58,7 +58,8 @@ class Loaded(msgspec.Struct, frozen=True, tag="loaded", kw_only=True):
     """The weights are in place. `unpackable` says why requests can't share a forward, if so.
 
     `cache_pages` pages of `page_tokens` tokens each make up this rank's KV cache; 0 pages if the
-    model can't use one. The replica has as many as the rank with the fewest.
+    model can't use one. The replica has as many as the rank with the fewest. `withheld` are hook
+    points that it can't offer, by the reason why; the same on every rank.
     """
 
     rank: int
@@ -68,6 +69,7 @@ class Loaded(msgspec.Struct, frozen=True, tag="loaded", kw_only=True):
     unpackable: str | None = None
     cache_pages: int = 0
     page_tokens: int = 1
+    withheld: dict[str, list[HookPoint]] = {}
 
 
 class Group(msgspec.Struct, frozen=True, kw_only=True):

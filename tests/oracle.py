@@ -1,23 +1,26 @@
 """The slow, obvious path: one request, one forward of plain transformers, plain PyTorch hooks.
 
 Nothing of the ragged batch, the interleaver, the programs or the sharding is used here. What is
-shared with the engine is proven by itself: the operations of the catalogue (`ops`) and the
-addresses of tensors inside a module's arguments (`leaves`).
+shared with the engine is proven by itself: the operations of the catalogue (`ops`), the addresses
+of tensors inside a module's arguments (`leaves`), and how the operations inside of a forward are
+watched (`operations`, see tests/integration/engine/test_operations.py).
 """
 
 from __future__ import annotations
 
 import inspect
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import msgspec
 import torch
 from transformers import AttentionInterface, AutoModelForCausalLM, DynamicCache
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
-from ndif_actor.engine import leaves, ops
+from ndif_actor.engine import leaves, operations, ops
 from ndif_client.wire.catalogue import CATALOGUE
 from ndif_client.wire.graph import (
     Apply,
@@ -40,11 +43,19 @@ from ndif_client.wire.tensors import import_array
 
 CPU = torch.device("cpu")
 
+#: Prompts to tell axes apart with.
+_LENGTH = 53
+_MEASURE = [[[3] * _LENGTH, [4] * _LENGTH]]
+
 #: Token ids per invoke and prompt.
 Invokes = Sequence[Sequence[Sequence[int]]]
 
 #: Saved values by the number of their `Save` node.
 Saved = dict[int, Any]
+
+
+class NeverRan(Exception):
+    """Nodes wait for what did not come in the forward, or in a backward."""
 
 
 class Oracle:
@@ -61,6 +72,7 @@ class Oracle:
         elif not model._supports_sdpa:
             model.set_attn_implementation("eager")
         self.model = model.eval()
+        self._axes: dict[HookPoint, _Axes] = {}
 
     def logits(self, ids: Sequence[int]) -> torch.Tensor:
         """Return the logits `[1, sequence, vocabulary]` of one prompt, without any hook."""
@@ -73,13 +85,17 @@ class Oracle:
 
         Returns:
             What the graph saves.
+
+        Raises:
+            NeverRan: some of it waited in vain.
         """
-        run = _Run(self.model, invokes, graph, buffers)
+        run = _Run(self.model, invokes, graph, buffers, self._axes_of(graph))
         with torch.set_grad_enabled(graph.differentiates):
             run.advance(None, None)
             run.forward()
             run.differentiate()
-        assert not run.pending, f"never ran: {run.pending}"
+        if run.pending:
+            raise NeverRan(run.pending)
         return run.saved
 
     def generate(
@@ -100,7 +116,7 @@ class Oracle:
         values: dict[int, Any] = {}
         cache = DynamicCache()
         for step in range(num_steps):
-            run = _Run(self.model, invokes, graph, buffers, step)
+            run = _Run(self.model, invokes, graph, buffers, self._axes_of(graph), step)
             run.values |= {n: value for n, value in values.items() if n not in run.pending}
             if step:
                 run.continue_after([tokens[-1] for tokens in made])
@@ -113,6 +129,33 @@ class Oracle:
             for tokens, row in zip(made, logits[:, -1], strict=True):
                 tokens.append(int(row.argmax()))
         return saved, made
+
+    def _axes_of(self, graph: Graph) -> dict[HookPoint, _Axes]:
+        """Return which axes are the prompts' and the tokens' at what a graph touches.
+
+        Found in a forward of sizes that no other axis of the small models has.
+        """
+        touched = {node.hook for node in graph.nodes if isinstance(node, ReadHook | WriteHook)}
+        if unknown := sorted(touched - self._axes.keys()):
+            shapes = _Shapes(self.model, _MEASURE, Graph([ReadHook(hook) for hook in unknown]))
+            with torch.no_grad():
+                shapes.forward()
+            for number, hook in enumerate(unknown):
+                shape = shapes.values[number]
+                flat = _LENGTH not in shape
+                axis = shape.index(len(_MEASURE[0]) * _LENGTH if flat else _LENGTH)
+                self._axes[hook] = _Axes(axis, flat)
+        return self._axes
+
+
+class _Axes(NamedTuple):
+    """Where a tensor has its tokens, and whether the prompts lie along the same axis.
+
+    Otherwise the prompts are its first axis.
+    """
+
+    tokens: int
+    flat: bool
 
 
 def _attention(
@@ -165,11 +208,13 @@ class _Run:
         model: torch.nn.Module,
         invokes: Invokes,
         graph: Graph,
-        buffers: Sequence[bytes],
+        buffers: Sequence[bytes] = (),
+        axes: Mapping[HookPoint, _Axes] | None = None,
         step: int = 0,
     ) -> None:
         self.model = model
         self.buffers = buffers
+        self.axes = axes or {}
         self.step = step
         self.pending: dict[int, Node] = {
             number: node
@@ -179,6 +224,7 @@ class _Run:
         self.watched = {
             node.of.node for node in graph.nodes if isinstance(node, ReadGradient | WriteGradient)
         }
+        self.differentiates = graph.differentiates
         self.values: dict[int, Any] = {}
         self.saved: Saved = {}
         self.lengths = [[len(prompt) for prompt in invoke] for invoke in invokes]
@@ -186,10 +232,8 @@ class _Run:
         self.longest = max(map(len, self.prompts))
         self.before = [0] * len(self.prompts)
         self.padding = [self.longest - len(prompt) for prompt in self.prompts]
-        self.calls: Counter[tuple[str, str]] = Counter()
+        self.calls: Counter[tuple[str, str, str]] = Counter()
         self.calling = False
-        #: whether the tensor at hand has an axis of heads before the tokens, and tokens twice
-        self.heads = self.square = False
         self.paths = {module: path for path, module in model.named_modules()}
 
     def continue_after(self, tokens: Sequence[int]) -> None:
@@ -200,48 +244,50 @@ class _Run:
         self.longest = 1
 
     def forward(self, cache: DynamicCache | None = None) -> torch.Tensor:
-        handles = []
-        for path, module in self.model.named_modules():
-            handles += [
-                module.register_forward_pre_hook(self._pre_hook(path), with_kwargs=True),
-                module.register_forward_hook(self._hook(path)),
-            ]
-        _running.append(self)
-        try:
+        inside = {
+            node.hook.path
+            for node in self.pending.values()
+            if isinstance(node, ReadHook | WriteHook) and node.hook.operation
+        }
+        with ExitStack() as stack:
+            for path, module in self.model.named_modules():
+                before = module.register_forward_pre_hook(self._pre_hook(path), with_kwargs=True)
+                stack.callback(before.remove)
+                stack.callback(module.register_forward_hook(self._hook(path)).remove)
+                if path in inside:
+                    stack.enter_context(operations.watching(module, self._inside(path)))
+            _running.append(self)
+            stack.callback(_running.pop)
             cached = {} if cache is None else {"past_key_values": cache}
             output = self.model(**self._inputs(), use_cache=cache is not None, **cached)
-        finally:
-            _running.pop()
-            for handle in handles:
-                handle.remove()
         logits: torch.Tensor = output.logits
         return logits
 
     def advance(self, point: HookPoint | None, structure: Any) -> Any:
         """Run what can run while `structure` is at the hook point, and return what it becomes."""
-        self.heads = point is not None and point.port not in ("input", "output")
-        self.square = point is not None and point.port in ("scores", "pattern")
+        with torch.set_grad_enabled(self.differentiates):
+            return self._advance(point, structure)
+
+    def _advance(self, point: HookPoint | None, structure: Any) -> Any:
         for number, node in list(self.pending.items()):
             if any(used not in self.values for used in references(node)):
                 continue
             if isinstance(node, Backward | ReadGradient | WriteGradient):
                 continue
             if isinstance(node, ReadHook | WriteHook):
-                if point is None or point != HookPoint(
-                    node.hook.path, node.hook.port, "", node.hook.call
-                ):
+                if point is None or point != msgspec.structs.replace(node.hook, leaf=""):
                     continue
-                leaf = node.hook.leaf
+                here = leaves.get(structure, node.hook.leaf)
                 if isinstance(node, ReadHook):
-                    self.values[number] = self._read(leaves.get(structure, leaf), node.invoke)
+                    self.values[number] = self._read(here, node.hook, node.invoke)
                     if number in self.watched:
                         value = self._watch(number)
-                        changed = self._written(leaves.get(structure, leaf), node.invoke, value)
-                        structure = leaves.replace(structure, leaf, changed)
+                        changed = self._written(here, node.hook, node.invoke, value)
+                        structure = leaves.replace(structure, node.hook.leaf, changed)
                 else:
                     value = ops.resolve(node.value, self.values.__getitem__)
-                    changed = self._written(leaves.get(structure, leaf), node.invoke, value)
-                    structure = leaves.replace(structure, leaf, changed)
+                    changed = self._written(here, node.hook, node.invoke, value)
+                    structure = leaves.replace(structure, node.hook.leaf, changed)
             else:
                 self._compute(number, node)
                 if number in self.watched:
@@ -258,6 +304,7 @@ class _Run:
             handles = [
                 self.values[value].register_hook(self._gradient_hook(number, value))
                 for value in self.watched
+                if self.values[value].requires_grad
             ]
             loss = self.values[node.loss.node]
             first = None if node.gradient is None else self.values[node.gradient.node]
@@ -316,11 +363,14 @@ class _Run:
     def _hook(self, path: str) -> Any:
         return lambda module, args, output: self._fire(path, "output", output)
 
-    def _fire(self, path: str, port: Any, structure: Any) -> Any:
+    def _inside(self, path: str) -> Any:
+        return lambda name, port, structure: self._fire(path, port, structure, name)
+
+    def _fire(self, path: str, port: Any, structure: Any, operation: str = "") -> Any:
         if self.calling:
             return structure
-        point = HookPoint(path, port, "", self.calls[path, port])
-        self.calls[path, port] += 1
+        point = HookPoint(path, port, "", self.calls[path, port, operation], operation)
+        self.calls[path, port, operation] += 1
         return self.advance(point, structure)
 
     def _compute(self, number: int, node: Node) -> None:
@@ -352,11 +402,11 @@ class _Run:
 
     # ------------------------------------------------------------ an invoke's rows
 
-    def _read(self, tensor: torch.Tensor, invoke: int) -> torch.Tensor:
+    def _read(self, tensor: torch.Tensor, hook: HookPoint, invoke: int) -> Any:
         """Return an invoke's rows, its shorter prompts padded with zeros on the left."""
-        if self.square:
+        if hook.port in ("scores", "pattern"):
             return self._read_square(tensor, invoke)
-        split, axis, tokens = self._split(tensor)
+        split, axis, tokens = self._split(tensor, hook)
         lengths = self.lengths[invoke]
         longest = max(lengths)
         shape = list(split.shape)
@@ -369,12 +419,14 @@ class _Run:
             rows.select(axis, i).narrow(tokens - 1, longest - length, length).copy_(real)
         return rows if split.dim() == tensor.dim() else rows.flatten(axis, tokens)
 
-    def _written(self, tensor: torch.Tensor, invoke: int, value: Any) -> torch.Tensor:
+    def _written(
+        self, tensor: torch.Tensor, hook: HookPoint, invoke: int, value: Any
+    ) -> torch.Tensor:
         """Return a copy of `tensor` with an invoke's rows, its padding excepted, replaced."""
-        if self.square:
+        if hook.port in ("scores", "pattern"):
             return self._written_square(tensor, invoke, value)
-        split, axis, tokens = self._split(tensor.clone())
-        mine = self._read(tensor, invoke)
+        split, axis, tokens = self._split(tensor.clone(), hook)
+        mine = self._read(tensor, hook, invoke)
         value = torch.as_tensor(value).expand(mine.shape)
         lengths = self.lengths[invoke]
         longest = max(lengths)
@@ -401,15 +453,19 @@ class _Run:
             changed[self._first(invoke) + i, :, -n:, -n:] = whole[i, :, -n:, -n:]
         return changed
 
-    def _split(self, tensor: torch.Tensor) -> tuple[torch.Tensor, int, int]:
+    def _split(self, tensor: torch.Tensor, hook: HookPoint) -> tuple[torch.Tensor, int, int]:
         """Return a tensor with axes for prompts and tokens, and which ones those are."""
-        count, shape = len(self.prompts), list(tensor.shape)
-        if self.heads:
-            return tensor, 0, 2
-        if shape[0] == count and self.longest in shape[1:]:
-            return tensor, 0, 1 + shape[1:].index(self.longest)
-        axis = shape.index(count * self.longest)
-        return tensor.unflatten(axis, (count, self.longest)), axis, axis + 1
+        axis, flat = self.axes[hook]
+        if not flat:
+            return tensor, 0, axis
+        return tensor.unflatten(axis, (len(self.prompts), self.longest)), axis, axis + 1
 
     def _first(self, invoke: int) -> int:
         return sum(map(len, self.lengths[:invoke]))
+
+
+class _Shapes(_Run):
+    """Reads shapes instead of values."""
+
+    def _read(self, tensor: torch.Tensor, hook: HookPoint, invoke: int) -> Any:
+        return tuple(tensor.shape)

@@ -43,7 +43,7 @@ from ndif_client.wire.graph import (
 from ndif_client.wire.messages import HeldSpec
 from ndif_client.wire.tensors import TensorSpec, export_array, import_array
 from tests.models import CONFIGS, UNPACKABLE
-from tests.oracle import Invokes, Oracle, Saved
+from tests.oracle import Invokes, NeverRan, Oracle, Saved
 
 #: Largest absolute error in float64.
 EXACT = 1e-10
@@ -185,12 +185,17 @@ class Recorder:
 
 
 def point(hook: str | HookPoint, call: int = 0) -> HookPoint:
-    """Return the hook point written as "path.output", "path.input[args.0]" or "output[logits]"."""
+    """Return the hook point written as "path.output", "path.input[args.0]" or "output[logits]".
+
+    That of an operation is written as "path.source.add_0.output".
+    """
     if isinstance(hook, HookPoint):
         return hook
     place, _, leaf = hook.removesuffix("]").partition("[")
     path, _, port = place.rpartition(".")
-    return HookPoint(path, msgspec.convert(port, Port), leaf, call)
+    path, _, operation = path.partition("source.")
+    known = msgspec.convert(port, Port)
+    return HookPoint(path.removesuffix("."), known, leaf, call, operation)
 
 
 def argument(value: Any) -> Argument:
@@ -282,18 +287,6 @@ def touchable(engine: Engine) -> list[HookPoint]:
     ]
 
 
-def differentiable(engine: Engine) -> list[HookPoint]:
-    """The hook points of the second block and around the blocks that the logits depend on."""
-    return [
-        point
-        for point in touchable(engine)
-        # Rotary embeddings use the dtype alone of what enters them, and the logits of a router
-        # only tell which experts are chosen.
-        if not (point.path.endswith("rotary_emb") and point.port == "input")
-        and not (point.path.endswith("mlp.gate") and point.leaf == "0")
-    ]
-
-
 def moved_constants(nodes: Sequence[Node], first_buffer: int) -> list[Node]:
     """Let constants point to buffers that begin with number `first_buffer`."""
     return [_moved(node, first_buffer) for node in nodes]
@@ -345,6 +338,28 @@ def run_and_save(
     results, buffers = run(engine, requests, layout)
     assert len(results) == len(requests)
     return [saved(result, buffers) for result in results]
+
+
+def assert_same_gradients(
+    requests: Sequence[Request],
+    results: Sequence[GroupResult],
+    buffers: Sequence[memoryview],
+    oracle: Oracle,
+    tolerance: float,
+) -> None:
+    """Compare what each request saved; those whose gradients don't exist are to be refused."""
+    refused = 0
+    for request, result in zip(requests, results, strict=True):
+        try:
+            wanted = request.on(oracle)
+        except NeverRan:
+            refused += 1
+            assert result.fault is not None
+            assert "does not depend on" in result.fault.message
+        else:
+            assert_equal(saved(result, buffers), wanted, tolerance)
+    # Of what enters the rotary embedding, for one, only the dtype is used.
+    assert refused < len(requests) / 5
 
 
 def assert_equal(values: Saved, wanted: Saved, tolerance: float) -> None:

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ndif_client.arguments import encode, recorder_of
 from ndif_client.attention import PORTS, heads_of
 from ndif_client.errors import UnknownNameError, graph_error
-from ndif_client.outputs import HookTuple, read_hook, write_hook
+from ndif_client.operations import Operations
+from ndif_client.outputs import read_hook, write_hook
+from ndif_client.ports import PORT_NAMES, Ports
 from ndif_client.proxy import Proxy
 from ndif_client.recorder import current_recorder
 from ndif_client.tree_text import tree_html, tree_text
 from ndif_client.values import Owned
 from ndif_client.wire.graph import CallModule, Port
-from ndif_client.wire.messages import HookInfo, ModuleInfo
+from ndif_client.wire.messages import ForwardInfo, HookInfo, ModuleInfo
 
 #: What every module has, whatever its own children are called.
-_OWN_NAMES = ("skip", "at_call", "input", "inputs", "output", "outputs")
+_OWN_NAMES = ("skip", "at_call", *PORT_NAMES, "source")
 
 #: Names of the residual stream, and where it is found.
 _RESIDUAL: dict[str, Port] = {"resid_pre": "input", "resid": "output"}
@@ -27,52 +29,33 @@ _RESIDUAL: dict[str, Port] = {"resid_pre": "input", "resid": "output"}
 _MAX_LISTED = 24
 
 
-class Envoy:
+class Envoy(Ports):
     """Stands for one module: `model.model.layers[3].mlp`.
 
     Its children and parameters are attributes, as in torch; `output`, `input`, `inputs` and
-    `outputs` are what enters and leaves it in a forward. A child with one of those names is
-    reached by `module["output"]`. Some names mean the same in every family: `embed`, `layers`,
-    `norm` and `unembed` of the model, `attn`, `mlp`, `resid` (the residual stream after it) and
-    `resid_pre` of a layer; where a module has a child so called, that is meant. An attention also
-    shows its `query`, `key`, `value`, `scores`, `pattern` and `result`, and its `heads`.
+    `outputs` are what enters and leaves it in a forward, `source` is what happens inside. A child
+    with one of those names is reached by `module["output"]`.
+
+    Some names mean the same in every family: `embed`, `layers`, `norm` and `unembed` of the model,
+    `attn`, `mlp`, `resid` (the residual stream after it) and `resid_pre` of a layer; where a module
+    has a child so called, that is meant. An attention also shows its `query`, `key`, `value`,
+    `scores`, `pattern` and `result`, and its `heads`.
     """
 
-    def __init__(self, info: ModuleInfo, path: str = "", call: int = 0) -> None:
+    def __init__(
+        self,
+        info: ModuleInfo,
+        path: str = "",
+        call: int = 0,
+        forwards: Sequence[ForwardInfo] = (),
+    ) -> None:
+        super().__init__(path, info.hooks, call)
         self._info = info
-        self._path = path
-        self._call = call
+        self._forwards = forwards
         self._children = {child.name: child for child in info.children}
         self._parameters = {parameter.name for parameter in info.parameters}
 
-    # ------------------------------------------------------------ hook points
-
-    @property
-    def output(self) -> Any:
-        """What the module returns: a value, or a `HookTuple` where it is a tuple or mapping.
-
-        Assigning replaces it: `module.output = value`. Each access reads anew, so it sees what
-        was written before it.
-        """
-        infos = self._hooks("output")
-        if len(infos) == 1 and infos[0].leaf == "":
-            return read_hook(self._path, infos[0])
-        return HookTuple(self._path, infos)
-
-    @property
-    def outputs(self) -> HookTuple:
-        """All tensors of the output, by their place in it."""
-        return HookTuple(self._path, self._hooks("output"))
-
-    @property
-    def input(self) -> Any:
-        """The first tensor the module is called with; assigning replaces it."""
-        return read_hook(self._path, self._first_input())
-
-    @property
-    def inputs(self) -> HookTuple:
-        """All tensors the module is called with: `inputs.args[0]`, `inputs.kwargs["mask"]`."""
-        return HookTuple(self._path, self._hooks("input"))
+    # ------------------------------------------------------------ in a forward
 
     @property
     def heads(self) -> Any:
@@ -109,10 +92,21 @@ class Envoy:
 
     def at_call(self, call: int) -> Envoy:
         """Return the same module at its `call`-th call (from 0) within one forward."""
-        calls = {hook.call for hook in self._info.hooks}
-        if call not in calls:
-            raise graph_error(f"{self._title()} is called {len(calls)} time(s) in a forward")
-        return Envoy(self._info, self._path, call)
+        self._check_call(call)
+        return Envoy(self._info, self._path, call, self._forwards)
+
+    @property
+    def source(self) -> Operations:
+        """The operations inside of its forward, to be read and written like modules.
+
+        `print(module.source)` shows the forward's source with each operation's name at its line.
+        """
+        forward = ForwardInfo(refusal="the server has not looked into its forward")
+        if self._info.forward is not None:
+            forward = self._forwards[self._info.forward]
+        if forward.refusal:
+            raise graph_error(f"{self._title()} offers no operations: {forward.refusal}")
+        return Operations(forward, self._path, self._info.first_order)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Proxy:
         """Apply the module to values: `model.lm_head(model.model.norm(h))`."""
@@ -124,19 +118,10 @@ class Envoy:
         )
         return Proxy(recorder, recorder.add(node))
 
-    def _hooks(self, port: Port) -> list[HookInfo]:
-        hooks = [h for h in self._info.hooks if h.port == port and h.call == self._call]
-        if not hooks:
-            is_list = any(name.isdigit() for name in self._children)
-            hint = "; use one of its items" if is_list else ""
-            raise graph_error(
-                f"{self._title()} is not called in a forward, so it has no {port}{hint}"
-            )
-        return hooks
-
-    def _first_input(self) -> HookInfo:
-        hooks = self._hooks("input")
-        return next((h for h in hooks if h.leaf == "args.0"), hooks[0])
+    def _absent(self, port: Port) -> str:
+        is_list = any(name.isdigit() for name in self._children)
+        hint = "; use one of its items" if is_list else ""
+        return f"{self._title()} is not called in a forward, so it has no {port}{hint}"
 
     # ------------------------------------------------------------ children and parameters
 
@@ -188,7 +173,8 @@ class Envoy:
         return [hook.port for hook in self._info.hooks if hook.port in PORTS]
 
     def _child(self, info: ModuleInfo) -> Envoy:
-        return Envoy(info, f"{self._path}.{info.name}" if self._path else info.name)
+        path = f"{self._path}.{info.name}" if self._path else info.name
+        return Envoy(info, path, 0, self._forwards)
 
     def _named(self, name: str) -> Any:
         if name in self._children:
@@ -217,15 +203,10 @@ class Envoy:
         def __setattr__(self, name: str, value: Any) -> None:
             if name.startswith("_"):
                 object.__setattr__(self, name, value)
-            elif name == "output":
-                self._write("output", value)
-            elif name == "input":
-                write_hook(self._path, self._first_input(), value)
-            elif name in ("inputs", "outputs"):
-                raise graph_error(
-                    f"write one of the {name}: {self._title()}.{name}[...] = value, or .args[0] = "
-                    "value for inputs"
-                )
+            elif name in PORT_NAMES:
+                self._assign(name, value)
+            elif name in _OWN_NAMES:
+                raise graph_error(f"{self._title()}.{name} can't be assigned; write its output")
             elif name in self._children or name in self._parameters:
                 raise graph_error(
                     f"{self._title()}.{name} belongs to the model, which others use too: it can't "
@@ -248,21 +229,6 @@ class Envoy:
         def __getattr__(self, name: str) -> Any: ...
 
         def __setattr__(self, name: str, value: Any) -> None: ...
-
-    def _write(self, port: Port, value: Any) -> None:
-        infos = self._hooks(port)
-        if len(infos) == 1 and not isinstance(value, tuple | list):
-            write_hook(self._path, infos[0], value)
-            return
-        if len(infos) == 1 and infos[0].leaf == "":
-            write_hook(self._path, infos[0], value)
-            return
-        parts = HookTuple(self._path, infos)
-        if not isinstance(value, tuple | list):
-            raise graph_error(f"{parts!r}\nwrite one of them, or assign a tuple of all")
-        given = {parts._step(index): part for index, part in enumerate(value) if part is not None}
-        for step, part in given.items():
-            parts[step] = part
 
     def __dir__(self) -> list[str]:
         children = [name for name in self._children if name.isidentifier()]

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 def read_hook(path: str, info: HookInfo) -> Proxy:
     """Record a read of a hook point."""
-    hook = HookPoint(path, info.port, info.leaf, info.call)
+    hook = HookPoint(path, info.port, info.leaf, info.call, info.operation)
     recorder = current_recorder(str(hook))
     number = recorder.read(hook, info)
     invoke = recorder.here(str(hook))
@@ -31,7 +31,7 @@ def read_hook(path: str, info: HookInfo) -> Proxy:
 
 def write_hook(path: str, info: HookInfo, value: Any) -> None:
     """Record a write of a hook point."""
-    hook = HookPoint(path, info.port, info.leaf, info.call)
+    hook = HookPoint(path, info.port, info.leaf, info.call, info.operation)
     recorder = current_recorder(str(hook))
     invoke = recorder.here(str(hook))
     if isinstance(value, Delegate):
@@ -177,7 +177,9 @@ class HookTuple(Delegate):
     def _place(self, step: str = "") -> str:
         port = "inputs" if self._infos[0].port == "input" else "output"
         address = self._address(step) if step else self._prefix
-        return f"{self._path}.{port}".lstrip(".") + (f"[{address}]" if address else "")
+        operation = self._infos[0].operation
+        place = f"{self._path}.source.{operation}" if operation else self._path
+        return f"{place}.{port}".lstrip(".") + (f"[{address}]" if address else "")
 
     def _offered(self) -> str:
         return ", ".join(f"[{step}]" if step.isdigit() else f".{step}" for step in self._steps())

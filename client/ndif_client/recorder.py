@@ -422,8 +422,7 @@ class Recorder:
             own = node.hook.path == path and (
                 node.hook.port == "output" or isinstance(node, WriteHook)
             )
-            inside = own or node.hook.path.startswith(f"{path}.")
-            if inside and overlap(self._blocks[number].steps, steps):
+            if (own or _is_inside(node.hook, path)) and overlap(self._blocks[number].steps, steps):
                 raise graph_error(
                     f"{path} is skipped, so what is done to {node.hook} before would never be "
                     "reached",
@@ -434,7 +433,7 @@ class Recorder:
 
     def _check_not_skipped(self, hook: HookPoint, invoke: int) -> None:
         for (path, skipped_invoke), places in self._skipped.items():
-            if skipped_invoke != invoke or not hook.path.startswith(f"{path}."):
+            if skipped_invoke != invoke or not _is_inside(hook, path):
                 continue
             for steps, source in places:
                 if overlap(steps, self.block.steps):
@@ -717,3 +716,9 @@ def recorded_place() -> tuple[Steps, int] | None:
     """
     recorder = _current.get()
     return None if recorder is None else (recorder.block.steps, recorder.condition)
+
+
+def _is_inside(hook: HookPoint, path: str) -> bool:
+    """Whether a hook point comes between the input and the output of a module."""
+    own = hook.path == path and (hook.operation or hook.port not in ("input", "output"))
+    return bool(own) or hook.path.startswith(f"{path}.")

@@ -54,7 +54,7 @@ class Session:
 
     def __init__(self, transport: Transport, tree: ModelTree, tensors: ArrayKind) -> None:
         self.tree = tree
-        self.model = Envoy(tree.root)
+        self.model = Envoy(tree.root, forwards=tree.forwards)
         self._edits: Edits | None = None
         self._transport = transport
         self._holder = Holder(transport)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,7 +26,7 @@ from ndif_actor.coordinator.outlook import Outlook, check_keeps, check_prompts
 from ndif_actor.coordinator.screening import own_buffers, refused, screen
 from ndif_actor.errors import RequestError
 from ndif_actor.messages import Group
-from ndif_client.wire.graph import Chat, Invoke
+from ndif_client.wire.graph import Chat, HookPoint, Invoke
 from ndif_client.wire.messages import (
     Decoding,
     Explanation,
@@ -119,6 +119,11 @@ class Admission:
         # What is here now stays: no collection need ever walk it again.
         gc.collect()
         gc.freeze()
+
+    async def withhold(self, withheld: Mapping[str, Sequence[HookPoint]]) -> None:
+        """Refuse hook points that the shards can't offer; they come by the reason why."""
+        reasons = {point: why for why, points in withheld.items() for point in points}
+        await self._thread.call(self._blueprint.withhold, reasons)
 
     async def tree(self, device: str, unpackable: str | None) -> ModelTree:
         """Describe the model to clients, as its shards have found it."""

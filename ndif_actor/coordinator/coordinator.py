@@ -156,6 +156,7 @@ class Coordinator:
 
     async def _become_ready(self, loaded: list[Loaded]) -> None:
         unpackable = next((shard.unpackable for shard in loaded if shard.unpackable), None)
+        await self.admission.withhold(loaded[0].withheld)
         tree = await self.admission.tree(loaded[0].device, unpackable)
         self._tree_json = msgspec.json.encode(tree)
         self._summary = ModelSummary(

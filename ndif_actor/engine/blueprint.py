@@ -17,12 +17,12 @@ from ndif_actor.engine.checks import graph_fault
 from ndif_actor.engine.explain import explain
 from ndif_actor.engine.hookpoints import HookTable, discover
 from ndif_actor.engine.internals import PORTS
-from ndif_actor.engine.probe import depth_fault
+from ndif_actor.engine.probe import depth_fault, stale_operations
 from ndif_actor.engine.program import Program, compile_graph
 from ndif_actor.engine.shapes import Price
 from ndif_actor.errors import ModelError
 from ndif_actor.messages import Group
-from ndif_client.wire.graph import Backward, Constant, Graph
+from ndif_client.wire.graph import Backward, Constant, Graph, HookPoint
 from ndif_client.wire.messages import Explanation, HeldSpec, ModelTree
 from ndif_client.wire.tensors import check_buffer
 
@@ -58,6 +58,8 @@ class Blueprint:
         layers = self.table.layers
         if layers and depth_fault(model, layers, self.vocab_size, torch.device("meta")):
             self.keep_rows()
+        elif layers:
+            self.withhold(stale_operations(model, layers, self.table.sites, self.vocab_size))
         if world_size > 1 and self.table.unpackable is not None:
             raise ModelError(
                 f"{type(model).__name__} is served with --tp 1 only: {self.table.unpackable}"
@@ -93,6 +95,10 @@ class Blueprint:
         """Show nothing of the inside of attentions: they are transformers' own."""
         sites = {p: site for p, site in self.table.sites.items() if p.port not in PORTS}
         self.table = msgspec.structs.replace(self.table, sites=sites)
+
+    def withhold(self, withheld: Mapping[HookPoint, str]) -> None:
+        """Offer some hook points no more; the reasons are told who asks for them."""
+        self.table = self.table.without(withheld)
 
     def tree(self, *, model_id: str, device: str, unpackable: str | None) -> ModelTree:
         """Describe the model to clients; `unpackable` is what the shards found out, if anything."""

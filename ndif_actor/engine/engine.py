@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
 import structlog
 import torch
+from torch.distributed.tensor import DTensor
 
 from ndif_actor.engine import adapter, shapes
 from ndif_actor.engine.attention import Attended, attending
@@ -19,7 +20,7 @@ from ndif_actor.engine.execution import Execution, Saved
 from ndif_actor.engine.gradients import differentiate
 from ndif_actor.engine.held import HeldStore, Holdings
 from ndif_actor.engine.interleaver import END_OF_FORWARD, Interleaver
-from ndif_actor.engine.layout import Sharded, ShardGroup, learn_layouts
+from ndif_actor.engine.layout import Glimpse, Sharded, ShardGroup, learn_layouts
 from ndif_actor.engine.linear import widen_linears
 from ndif_actor.engine.members import Generation, Trace
 from ndif_actor.engine.moments import Recording, recording_moments
@@ -49,6 +50,7 @@ class Engine:
         unpackable: why requests can't share a forward, or None.
         unpaddable: why, besides, the prompts of one request must be equally long, or None.
         parameter_bytes: bytes of weights on this rank.
+        withheld: hook points of the blueprint that the loaded model can't offer, by the reason.
     """
 
     def __init__(
@@ -59,8 +61,12 @@ class Engine:
         unpackable: str | None,
         unpaddable: str | None,
         cache: KVCache | None,
+        withheld: Mapping[HookPoint, str],
     ) -> None:
         self.blueprint = blueprint
+        self.withheld: dict[str, list[HookPoint]] = {}
+        for point, why in withheld.items():
+            self.withheld.setdefault(why, []).append(point)
         self.unpackable = unpackable
         self.unpaddable = unpaddable
         self.parameter_bytes = sum(_local_bytes(p) for p in model.model.parameters())
@@ -111,6 +117,7 @@ class Engine:
         unpaddable = None
         layouts: dict[HookPoint, Sharded] = {}
         partial: frozenset[HookPoint] = frozenset()
+        withheld: dict[HookPoint, str] = {}
         cache = None
         if unpackable is not None:
             blueprint.close_attention()
@@ -120,21 +127,21 @@ class Engine:
             if layers and (fault := depth_fault(model, layers, blueprint.vocab_size, device)):
                 _log.warning("rows stay in the batch through all layers", reason=fault)
                 blueprint.keep_rows()
-            seen = _show_layout(model, device)
+            sites = blueprint.table.sites
+            if world_size == 1:
+                sites = {point: site for point, site in sites.items() if point.operation}
+            seen = _show_layout(model, device, sites, world_size)
+            layouts, withheld = learn_layouts(
+                sites.values(), seen.tensors, _LAYOUT_TOKENS, adapter.shard_factors(model), group
+            )
+            blueprint.withhold(withheld)
             if world_size > 1:
-                layouts = learn_layouts(
-                    blueprint.table.sites.values(),
-                    seen.tensors,
-                    _LAYOUT_TOKENS,
-                    adapter.shard_factors(model),
-                    group,
-                )
                 partial = partial_gradients(
                     model, blueprint.table.sites, layouts, group, blueprint.vocab_size, device
                 )
             cache = make_cache(seen.attended, model.dtype, device, cache_bytes, shards_here)
         sharded = ShardedModel(model, group, layouts, partial, device)
-        return cls(sharded, blueprint, rank, unpackable, unpaddable, cache)
+        return cls(sharded, blueprint, rank, unpackable, unpaddable, cache, withheld)
 
     # ------------------------------------------------------------ passes
 
@@ -371,15 +378,24 @@ class _Seen(msgspec.Struct):
     attended: list[Attended]
 
 
-def _show_layout(model: torch.nn.Module, device: torch.device) -> _Seen:
-    """Run one packed forward and note every tensor this rank saw in it, and who attended."""
+def _show_layout(
+    model: torch.nn.Module, device: torch.device, sites: Collection[HookPoint], world_size: int
+) -> _Seen:
+    """Run one packed forward and note what this rank saw at these sites, and who attended."""
     batch = pack_prompts([[0] * _LAYOUT_TOKENS], device)
     assert batch.packing is not None
     tensors: Recording = {}
+
+    def keep(point: HookPoint, tensor: torch.Tensor) -> Glimpse | None:
+        # A module shows plain tensors; inside of it, its own sharded parameters may be at work.
+        if point not in sites or (point.operation and isinstance(tensor, DTensor)):
+            return None
+        return Glimpse.of(tensor, marked=bool(point.operation) and world_size > 1)
+
     with (
         torch.inference_mode(),
         attending(batch.packing.layouts[0]) as record,
-        recording_moments(model, tensors),
+        recording_moments(model, tensors, keep),
     ):
         adapter.run_packed(model, batch.input_ids, batch.position_ids)  # type: ignore[arg-type]
     return _Seen(tensors, record.attended)

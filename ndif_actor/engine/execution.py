@@ -13,6 +13,7 @@ from ndif_actor.engine.backward import BackwardPlan
 from ndif_actor.engine.batch import Rows, padding_mask
 from ndif_actor.engine.held import Holdings
 from ndif_actor.engine.hookpoints import MASK
+from ndif_actor.engine.moments import Moment
 from ndif_actor.engine.program import BEFORE_FORWARD, Program
 from ndif_actor.engine.sharded import ShardedModel
 from ndif_client.wire.catalogue import CATALOGUE
@@ -285,11 +286,25 @@ class Execution:
         self._values.clear()
         self._gradients.clear()
 
+    def miss(self, moment: Moment) -> None:
+        """Fail, because the forward is over and this moment did not come."""
+        if self.fault is not None:
+            return
+        graph = self.program.graph
+        for number in self.program.nodes_at(self.step):
+            node = graph.nodes[number]
+            if isinstance(node, ReadHook | WriteHook) and Moment.of(node.hook) == moment:
+                self._refuse(number, node, f"{node.hook}: the model did not run it in this forward")
+                return
+
     def _fail(self, number: int, node: Node, error: Exception) -> None:
+        self._refuse(number, node, shapes.failure(node, error))
+
+    def _refuse(self, number: int, node: Node, message: str) -> None:
         graph = self.program.graph
         self.fault = Fault(
             kind="execution",
-            message=shapes.failure(node, error),
+            message=message,
             node=number,
             hook=str(node.hook) if isinstance(node, ReadHook | WriteHook) else None,
             source=graph.source_of(number),

@@ -1,14 +1,15 @@
 """Which hook points a model has, when each fires, and which of its axes hold the tokens.
 
 Found by running the model without weights on the meta device, at sizes that tell the axes apart,
-and noting every tensor that enters or leaves a module. Nothing is assumed from module names.
+and noting every tensor that enters or leaves a module, or an operation inside of its forward.
+Nothing is assumed from names.
 """
 
 from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import msgspec
 import torch
@@ -71,10 +72,11 @@ class HookTable(msgspec.Struct, frozen=True):
 
     Attributes:
         sites: by hook point, in firing order.
-        moments: position of each moment in the forward.
+        moments: position of each moment in the forward, of operations only where they have sites.
         attention: paths of the modules that attend.
         layers: the decoder layers, between which a packed row can be laid out anew, or None.
         unpackable: why the model can't run on a packed row, or None.
+        withheld: why what was found inside of a forward is no hook point after all.
     """
 
     sites: dict[HookPoint, Site]
@@ -82,6 +84,7 @@ class HookTable(msgspec.Struct, frozen=True):
     attention: frozenset[str]
     layers: LayerStack | None
     unpackable: str | None
+    withheld: dict[HookPoint, str] = {}
 
     def find(self, point: HookPoint) -> Site:
         """Return the site of `point`.
@@ -94,16 +97,31 @@ class HookTable(msgspec.Struct, frozen=True):
             raise LookupError(self._explain(point))
         return site
 
+    def without(self, withheld: Mapping[HookPoint, str]) -> HookTable:
+        """Return the same table without some sites; the reasons are told who asks for them."""
+        sites = {point: site for point, site in self.sites.items() if point not in withheld}
+        reasons = {point: why for point, why in withheld.items() if point in self.sites}
+        return msgspec.structs.replace(self, sites=sites, withheld={**self.withheld, **reasons})
+
     def _explain(self, point: HookPoint) -> str:
+        if point in self.withheld:
+            return f"{point} can't be touched: {self.withheld[point]}"
         paths = {p.path for p in self.sites}
         if point.path not in paths:
             near = difflib.get_close_matches(point.path, sorted(paths), n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             return f"{point}: no module {point.path!r} is called in a forward{hint}"
-        same = [p for p in self.sites if p.path == point.path and p.port == point.port]
+        operations = {p.operation for p in self.sites if p.path == point.path}
+        if point.operation not in operations:
+            near = difflib.get_close_matches(point.operation, sorted(operations - {""}), n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            return f"{point}: {point.path!r} offers no operation {point.operation!r}{hint}"
+        own = (point.path, point.port, point.operation)
+        same = [p for p in self.sites if (p.path, p.port, p.operation) == own]
         calls = {p.call for p in same}
         if same and point.call not in calls:
-            return f"{point}: the module is called {len(calls)} time(s) in a forward"
+            what = "operation" if point.operation else "module"
+            return f"{point}: the {what} is called {len(calls)} time(s) in a forward"
         if point.port not in ("input", "output") and not same:
             return f"{point}: {point.path!r} is no attention whose {point.port} can be seen"
         offered = ", ".join(repr(p.leaf) for p in same if p.call == point.call) or "none"
@@ -139,24 +157,33 @@ def _table(
     unpackable: str | None,
     attention: frozenset[str],
 ) -> HookTable:
-    first, second = padded
-    moments = {moment: order for order, moment in enumerate(m for m in first if m in second)}
-    sites = {}
-    for moment, order in moments.items():
-        for leaf, tensor in first[moment].items():
-            if leaf not in second[moment]:
-                continue
-            point = HookPoint(moment.path, moment.port, leaf, moment.call)
-            shape = _symbolic(tensor.shape, second[moment][leaf].shape)
-            if shape is None:
-                continue
-            site = _site(point, order, shape, tensor.dtype, packed, moment)
-            if site is None:
-                continue
-            if packed == [] or site.packed_shape or site.square or point == MASK:
-                sites[point] = site
+    moments: dict[Moment, int] = {}
+    sites: dict[HookPoint, Site] = {}
+    for moment in (m for m in padded[0] if m in padded[1]):
+        found = _sites(moment, len(moments), padded, packed)
+        if found or not moment.operation:
+            moments[moment] = len(moments)
+            sites |= {site.point: site for site in found}
     layers = find_layers(moments, packed, attention)
     return HookTable(sites, moments, attention, layers, unpackable)
+
+
+def _sites(
+    moment: Moment, order: int, padded: list[Recording], packed: list[Recording]
+) -> list[Site]:
+    """Return the sites of one moment, which fires at `order`."""
+    first, second = (run[moment] for run in padded)
+    sites = []
+    for leaf, tensor in first.items():
+        shape = _symbolic(tensor.shape, second[leaf].shape) if leaf in second else None
+        if shape is None:
+            continue
+        site = _site(moment.point(leaf), order, shape, tensor.dtype, packed)
+        if site is None:
+            continue
+        if packed == [] or site.packed_shape or site.square or site.point == MASK:
+            sites.append(site)
+    return sites
 
 
 def _site(
@@ -165,11 +192,10 @@ def _site(
     shape: tuple[int | str, ...],
     dtype: torch.dtype,
     packed: list[Recording],
-    moment: Moment,
 ) -> Site | None:
     axes = [axis for axis, size in enumerate(shape) if isinstance(size, str)]
     batch_axis: int | None
-    square = moment.port in SQUARE
+    square = point.port in SQUARE
     match [shape[axis] for axis in axes]:
         case ["batch", "sequence", "sequence"] if square:
             batch_axis, token_axis = axes[0], axes[1]
@@ -186,7 +212,7 @@ def _site(
         dtype=dtype,
         batch_axis=batch_axis,
         token_axis=token_axis,
-        packed_shape=_packed_shape(packed, moment, point.leaf, token_axis),
+        packed_shape=_packed_shape(packed, point, token_axis),
         square=square,
     )
 
@@ -206,8 +232,9 @@ def _symbolic(first: torch.Size, second: torch.Size) -> tuple[int | str, ...] | 
 
 
 def _packed_shape(
-    packed: list[Recording], moment: Moment, leaf: str, token_axis: int
+    packed: list[Recording], point: HookPoint, token_axis: int
 ) -> tuple[int | str, ...] | None:
+    moment, leaf = Moment.of(point), point.leaf
     found = [run[moment][leaf].shape for run in packed if leaf in run.get(moment, {})]
     if len(found) != len(_PACKED) or len(found[0]) != len(found[1]):
         return None

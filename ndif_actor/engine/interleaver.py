@@ -1,6 +1,7 @@
 """Where a hook point is executed: the programs of all groups, woken inside one forward.
 
-Each moment that any program needs is hooked. When it comes, the groups that wait for it run their
+Each moment that any program needs is hooked; where one lies inside of a module's forward, that
+module's operations are watched, for this pass. When it comes, the groups that wait for it run their
 nodes, in the order the groups joined, each on a view of its own rows. A group whose node fails is
 marked failed and stays silent; the forward and its neighbours go on. Which collectives run, and
 in which order, follows from the programs alone, so all shards stay in step.
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from ndif_actor.engine.execution import Execution
 from ndif_actor.engine.hookpoints import HookTable
 from ndif_actor.engine.internals import PORTS, Squares, listening
 from ndif_actor.engine.moments import Moment
+from ndif_actor.engine.operations import Unoffered, watching
 from ndif_actor.engine.program import BEFORE_FORWARD
 from ndif_client.wire.graph import AttentionPort, Port
 
@@ -58,9 +60,11 @@ class Interleaver:
         if at_least > self._last:
             self._last = at_least
             self._orders.update((m, at) for m, at in table.moments.items() if at == at_least)
-        self._ports = {(moment.path, moment.port) for moment in self._orders}
-        self._calls: Counter[tuple[str, Port]] = Counter()
+        self._ports = {(m.path, m.port) for m in self._orders if not m.operation}
+        self._calls: Counter[tuple[str, Port, str]] = Counter()
+        self._missing = {moment for moment in self._orders if moment.operation}
         self._paused = False
+        self._differentiating = False
 
     @property
     def needs_forward(self) -> bool:
@@ -77,6 +81,7 @@ class Interleaver:
 
         The block ends early, and quietly, after the last moment that any program needs.
         """
+        self._differentiating = torch.is_grad_enabled()
         inside: dict[torch.nn.Module, str] = {}
         with ExitStack() as stack:
             for path, port in self._ports:
@@ -87,10 +92,30 @@ class Interleaver:
                     stack.callback(self._hook(module, path, port).remove)
             if inside:
                 stack.enter_context(listening(_Ear(self, inside)))
+            for path in {moment.path for moment in self._missing}:
+                with suppress(Unoffered):  # those that wait for it are refused in the end
+                    stack.enter_context(self._watch(path))
             for group in self._groups:
                 group.pause_hooks = self._pause
             with suppress(ForwardComplete):
                 yield
+        if self._missing:
+            self._refuse_missing()
+
+    def _watch(self, path: str) -> AbstractContextManager[None]:
+        """Within the block, the operations of one module wake the programs."""
+        names = {moment.operation for moment in self._missing if moment.path == path}
+
+        def watch(operation: str, port: Port, structure: Any) -> Any:
+            return self.wake(path, port, structure, operation)
+
+        return watching(self._model.get_submodule(path), watch, names)
+
+    def _refuse_missing(self) -> None:
+        """Fail the groups that wait for an operation which this forward had no use for."""
+        for group in self._groups:
+            if missed := self._missing & group.plan.moments():
+                group.miss(min(missed, key=self._orders.__getitem__))
 
     def _hook(self, module: torch.nn.Module, path: str, port: Port) -> Any:
         if port == "input":
@@ -113,18 +138,21 @@ class Interleaver:
             blocks |= group.squares_at(path)
         return sorted(blocks)
 
-    def wake(self, path: str, port: Port, structure: Any) -> Any:
+    def wake(self, path: str, port: Port, structure: Any, operation: str = "") -> Any:
         """Run what waits for this moment; return the changed structure, or None if unchanged."""
         if self._paused:
             return None
-        moment = Moment(path, port, self._calls[path, port])
-        self._calls[path, port] += 1
+        moment = Moment(path, port, self._calls[path, port, operation], operation)
+        self._calls[path, port, operation] += 1
         order = self._orders.get(moment)
         if order is None:
             return None
+        self._missing.discard(moment)
         here = LiveMoment(structure)
-        for group in self._groups:
-            group.run(order, here)
+        # The model computes rotary embeddings without gradients; what users compute there has them.
+        with torch.set_grad_enabled(True) if self._differentiating else nullcontext():
+            for group in self._groups:
+                group.run(order, here)
         if order == self._last:
             raise ForwardComplete
         return here.structure if here.changed else None
@@ -194,9 +222,19 @@ def _copy(tensor: torch.Tensor | Squares) -> torch.Tensor | Squares:
     """
     if isinstance(tensor, Squares):
         return tensor.clone()
-    if 0 in tensor.stride():  # an expanded one, whose copy must have all its elements
-        return tensor.clone()
+    if _overlaps(tensor):  # an expanded one, whose copy must have all its elements
+        return tensor.clone(memory_format=torch.contiguous_format)
     copy = torch.empty_strided(
         tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device
     )
     return copy.copy_(tensor)
+
+
+def _overlaps(tensor: torch.Tensor) -> bool:
+    """Whether two elements may lie in the same place, as in an expanded or unfolded tensor."""
+    reached = 0
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and stride <= reached:
+            return True
+        reached += stride * (size - 1)
+    return False

@@ -83,7 +83,12 @@ def find_layers(
     spans = [(moments[i], moments[o]) for i, o in zip(inputs, outputs, strict=True)]
     if any(before[1] >= after[0] for before, after in pairwise(spans)):
         return None
-    after = next((m for m, at in moments.items() if at > spans[-1][1] and m.port == "input"), None)
+    entered_later = (
+        moment
+        for moment, at in moments.items()
+        if at > spans[-1][1] and moment.port == "input" and not moment.operation
+    )
+    after = next(entered_later, None)
     if after is None:
         return None
     boundaries: list[Boundary] = []

@@ -6,8 +6,8 @@ rows that a live program reads are gathered, over a communicator of their own.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import msgspec
 import torch
@@ -20,6 +20,19 @@ from ndif_client.wire.graph import HookPoint
 
 #: torch 2.13 has renamed it.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+#: How a tensor's values are weighted in its marks, and how far those of equal ones may differ,
+#: relative to its norm.
+_FREQUENCIES = (0.0, 1.0, 1.7320508, 2.2360680)
+_TOLERANCE = 0.02
+
+
+class Seen(Protocol):
+    """A tensor, or what was noted of one."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
 
 
 class Sharded(msgspec.Struct, frozen=True):
@@ -124,51 +137,118 @@ class _Slice(torch.autograd.Function):
         return ctx.group._gather(gradient, ctx.layout), None, None
 
 
+class Glimpse(msgspec.Struct, frozen=True):
+    """What one rank notes of a tensor.
+
+    Attributes:
+        shape: on this rank.
+        marks: `[marks]` float64, which other values would change; its last one is the norm.
+    """
+
+    shape: tuple[int, ...]
+    marks: torch.Tensor | None = None
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor, *, marked: bool) -> Glimpse:
+        """Take note of a tensor's shape, and of its values if it is to be `marked`."""
+        if not marked:
+            return cls(tuple(tensor.shape))
+        values = tensor.detach().reshape(-1).double().nan_to_num(0, 0, 0)
+        places = torch.arange(values.numel(), dtype=torch.float64, device=values.device)
+        waves = torch.outer(places.new_tensor(_FREQUENCIES), places).cos()
+        return cls(tuple(tensor.shape), torch.cat([waves @ values, values.norm()[None]]))
+
+
+class Layouts(NamedTuple):
+    """How tensors lie across the ranks, and which can't be told; all ranks agree on it."""
+
+    sharded: dict[HookPoint, Sharded]
+    withheld: dict[HookPoint, str]
+
+
 def learn_layouts(
     sites: Iterable[Site],
-    recording: dict[Moment, dict[str, torch.Tensor]],
+    recording: Mapping[Moment, Mapping[str, Seen]],
     tokens: int,
     factors: dict[str, int],
     group: ShardGroup,
-) -> dict[HookPoint, Sharded]:
+) -> Layouts:
     """Compare what a forward of this shard showed with the full shapes.
+
+    What an operation inside of a forward shows is trusted less than what a module does: it may be
+    a part of a sum that the ranks have not added up yet, or lie in another way than a slice. Such
+    sites are withheld.
 
     Args:
         sites: the hook points, with their full packed shapes.
-        recording: what a packed forward of `tokens` tokens showed on this rank.
+        recording: what a packed forward of `tokens` tokens showed on this rank; glimpses, of
+            operations.
         factors: fused parts in the outputs of modules sharded packed, by path.
         group: the shards to exchange sizes with.
 
     Raises:
-        ModelError: a tensor differs from its full shape in more than one axis.
+        ModelError: what a module shows differs from its full shape in more than one axis.
     """
-    found: list[tuple[HookPoint, int, int]] = []
     sites = list(sites)
+    squares = [site.point for site in sites if site.square]
+    sites = [site for site in sites if site.packed_shape is not None]
+    withheld = _unequal(sites, recording, group)
+    found: list[tuple[HookPoint, int, int, int]] = []
     for site in sites:
-        local = recording.get(_moment(site.point), {}).get(site.point.leaf)
-        if local is None or site.packed_shape is None:
+        point, inside = site.point, bool(site.point.operation)
+        local = recording.get(Moment.of(point), {}).get(point.leaf)
+        if local is None:
+            if inside:
+                withheld[point] = "the loaded model does not run it"
             continue
-        full = tuple(tokens if size == "T" else size for size in site.packed_shape)
-        axes = [a for a, pair in enumerate(zip(local.shape, full, strict=True)) if len({*pair}) > 1]
-        if len(axes) > 1:
-            raise ModelError(f"{site.point} is sharded on several axes: {local.shape} of {full}")
-        if axes:
-            found.append((site.point, axes[0] - local.dim(), local.shape[axes[0]]))
-    sizes = group.sizes_of([size for _, _, size in found])
-    layouts = {
-        point: Sharded(axis, tuple(rank[i] for rank in sizes), factors.get(point.path, 1))
-        for i, (point, axis, _) in enumerate(found)
-    }
-    for site in sites:
+        full = tuple(tokens if size == "T" else size for size in site.packed_shape or ())
+        shape = tuple(local.shape)
+        axes = [a for a, pair in enumerate(zip(shape, full, strict=False)) if len({*pair}) > 1]
+        if len(axes) > 1 or len(shape) != len(full):
+            if not inside:
+                raise ModelError(f"{point} is sharded on several axes: {shape} of {full}")
+            withheld[point] = f"it is no slice of the whole tensor here: {shape} of {full}"
+        elif axes:
+            found.append((point, axes[0] - len(shape), shape[axes[0]], int(full[axes[0]])))
+            withheld.pop(point, None)  # that slices are not equal is what they are for
+    sizes = group.sizes_of([size for _, _, size, _ in found])
+    sharded = {}
+    for i, (point, axis, _, width) in enumerate(found):
+        slices = tuple(rank[i] for rank in sizes)
+        if point.operation and (sum(slices) != width or _holds(point.path, factors)):
+            withheld[point] = "how the shards' parts of it make up the whole can't be told"
+        else:
+            parts = 1 if point.operation else factors.get(point.path, 1)
+            sharded[point] = Sharded(axis, slices, parts)
+    for point in squares:
         # Scores and patterns have the heads of the queries, and no packed row to be seen in.
-        queries = layouts.get(msgspec.structs.replace(site.point, port="query"))
-        if site.square and queries is not None:
-            layouts[site.point] = queries
-    return layouts
+        queries = sharded.get(msgspec.structs.replace(point, port="query"))
+        if queries is not None:
+            sharded[point] = queries
+    return Layouts(sharded, withheld)
 
 
-def _moment(point: HookPoint) -> Moment:
-    return Moment(point.path, point.port, point.call)
+def _unequal(
+    sites: Sequence[Site], recording: Mapping[Moment, Mapping[str, Seen]], group: ShardGroup
+) -> dict[HookPoint, str]:
+    """Return the operations whose values differ between the ranks."""
+    points = [site.point for site in sites if site.point.operation]
+    seen = [recording.get(Moment.of(point), {}).get(point.leaf) for point in points]
+    marks = [one.marks if isinstance(one, Glimpse) else None for one in seen]
+    some = next((one for one in marks if one is not None), None)
+    if group.world_size == 1 or some is None:
+        return {}
+    mine = torch.stack([torch.zeros_like(some) if one is None else one for one in marks])
+    ranks = group.gather(mine[None], Sharded(-3, (1,) * group.world_size))
+    spread = (ranks.amax(0) - ranks.amin(0)).amax(-1)
+    differ = spread > _TOLERANCE * ranks[..., -1].amax(0)
+    why = "each shard has a part of it that the model adds up later; read that sum instead"
+    return {point: why for point, no in zip(points, differ.tolist(), strict=True) if no}
+
+
+def _holds(path: str, factors: Mapping[str, int]) -> bool:
+    """Whether one of the modules below `path` has a fused output."""
+    return any(not path or below.startswith(f"{path}.") for below in factors)
 
 
 def _interleave(slices: list[torch.Tensor], parts: int) -> torch.Tensor:

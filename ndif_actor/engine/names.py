@@ -94,10 +94,11 @@ def _residual(path: str, table: HookTable, hidden_size: int) -> tuple[str, str] 
 
     def first(port: Port) -> str | None:
         wide = ("batch", "sequence", hidden_size)
-        sites = (
-            site for point, site in table.sites.items() if (point.path, point.call) == (path, 0)
-        )
-        return next((s.point.leaf for s in sites if s.point.port == port and s.shape == wide), None)
+        mine = (path, port, 0, "")
+        for point, site in table.sites.items():
+            if (point.path, point.port, point.call, point.operation) == mine and site.shape == wide:
+                return point.leaf
+        return None
 
     entered, left = first("input"), first("output")
     return None if entered is None or left is None else (entered, left)

@@ -9,13 +9,14 @@ refused rather than shown in part.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 
-from ndif_actor.engine import adapter, leaves
+from ndif_actor.engine import adapter, leaves, operations
 from ndif_actor.engine.attention import attending
 from ndif_actor.engine.batch import pack_prompts
 from ndif_actor.engine.layout import Sharded, ShardGroup
@@ -44,10 +45,12 @@ def partial_gradients(
     ids = [(7 * n + 1) % vocab_size for n in range(_TOKENS)]
     batch = pack_prompts([ids], device)
     assert batch.packing is not None
-    with torch.enable_grad(), attending(batch.packing.layouts[0]), _watching(model, seen):
+    points = [point for point in points if point not in layouts]
+    watching = _watching(model, set(points), seen)
+    with torch.enable_grad(), attending(batch.packing.layouts[0]), watching:
         output = adapter.run_packed(model, batch.input_ids, batch.position_ids)  # type: ignore[arg-type]
         adapter.logits(output).float().sin().sum().backward()
-    whole = [point for point in points if point not in layouts and point in seen]
+    whole = [point for point in points if point in seen]
     sizes = torch.zeros(len(whole), 2, dtype=torch.float64, device=device)
     for row, point in enumerate(whole):
         gradient = seen[point].grad
@@ -60,19 +63,23 @@ def partial_gradients(
 
 
 @contextmanager
-def _watching(model: torch.nn.Module, into: dict[HookPoint, torch.Tensor]) -> Iterator[None]:
-    """Within the block, note all that enters or leaves a module, to have its gradient."""
-    calls: Counter[tuple[str, Port]] = Counter()
+def _watching(
+    model: torch.nn.Module, points: Collection[HookPoint], into: dict[HookPoint, torch.Tensor]
+) -> Iterator[None]:
+    """Within the block, note what passes these points, to have its gradient."""
+    calls: Counter[tuple[str, Port, str]] = Counter()
 
-    def watch(path: str, port: Port, structure: Any) -> Any:
-        moment = Moment(path, port, calls[path, port])
-        calls[path, port] += 1
+    @torch.enable_grad()  # the model computes some things without
+    def watch(path: str, port: Port, structure: Any, operation: str = "") -> Any:
+        moment = Moment(path, port, calls[path, port, operation], operation)
+        calls[path, port, operation] += 1
         for leaf, tensor in list(leaves.walk(structure)):
-            if tensor.is_floating_point():
+            point = moment.point(leaf)
+            if tensor.is_floating_point() and point in points:
                 known = tensor if tensor.requires_grad else tensor.detach().requires_grad_()
                 mine = known.clone()
                 mine.retain_grad()
-                into[HookPoint(path, port, leaf, moment.call)] = mine
+                into[point] = mine
                 structure = leaves.replace(structure, leaf, mine)
         return structure
 
@@ -80,6 +87,9 @@ def _watching(model: torch.nn.Module, into: dict[HookPoint, torch.Tensor]) -> It
         for path, module in model.named_modules():
             for handle in _hooks(path, module, watch):
                 stack.callback(handle.remove)
+            if names := {p.operation for p in points if p.path == path and p.operation}:
+                inside = partial(_inside, watch, path)
+                stack.enter_context(operations.watching(module, inside, names))
         yield
 
 
@@ -92,3 +102,9 @@ def _hooks(
 
     yield module.register_forward_pre_hook(before, with_kwargs=True)
     yield module.register_forward_hook(lambda _, args, output: watch(path, "output", output))
+
+
+def _inside(
+    watch: Callable[[str, Port, Any, str], Any], path: str, operation: str, port: Port, value: Any
+) -> Any:
+    return watch(path, port, value, operation)

@@ -6,7 +6,7 @@ positions, keep a state, or attend by means of its own.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from transformers import PreTrainedModel
@@ -15,9 +15,12 @@ from ndif_actor.engine import adapter, ops
 from ndif_actor.engine.attention import attending
 from ndif_actor.engine.batch import Feeding, pack, pack_prompts, pad
 from ndif_actor.engine.depth import Strand
+from ndif_actor.engine.hookpoints import Site
 from ndif_actor.engine.layers import LayerStack
+from ndif_actor.engine.moments import recording_moments
 from ndif_actor.engine.stages import changing_stages
 from ndif_actor.errors import ModelError
+from ndif_client.wire.graph import HookPoint
 
 #: Largest relative error of the logits that rounding may explain, in single and in half precision.
 _TOLERANCE = 1e-3
@@ -86,6 +89,48 @@ def depth_fault(
     if not _distance(got, torch.cat(wanted)) <= _tolerance(model) / 10:
         return "rows that leave it change what the others get"
     return None
+
+
+def stale_operations(
+    model: PreTrainedModel, layers: LayerStack, sites: Mapping[HookPoint, Site], vocab_size: int
+) -> dict[HookPoint, str]:
+    """Return the sites around the layers whose rows are not those of the batch at that time.
+
+    What the loop over the layers hands to each of them is laid out anew only when it enters one,
+    so an operation of the loop itself still sees it as it was. Found on the meta device, in a
+    forward that loses rows at each boundary.
+    """
+    strands = [Strand(length=1, last=region) for region in range(layers.tail)]
+    strands.append(Strand(length=3, last=layers.tail, tail=(2,)))
+    prompts = _prompts(vocab_size, [strand.length for strand in strands])
+    feedings = [Feeding(ids, strand) for ids, strand in zip(prompts, strands, strict=True)]
+    batch = pack(feedings, layers.tail, torch.device("meta"))
+    packing = batch.packing
+    assert packing is not None
+    inside = layers.boundaries[0].path
+    around = {
+        path for path, _ in model.named_modules() if not path or inside.startswith(f"{path}.")
+    }
+    stale: dict[HookPoint, str] = {}
+
+    def look(point: HookPoint, tensor: torch.Tensor) -> None:
+        site = sites.get(point)
+        if site is not None and point.operation:
+            total = packing.stages[packing.current].total
+            if tensor.shape[site.token_axis] != total:
+                stale[point] = (
+                    "the loop over the layers holds it as it was at first, though rows may have "
+                    "left the batch or forked since; read what the layer is given, from inside"
+                )
+
+    with (
+        torch.inference_mode(),
+        attending(None) as record,
+        changing_stages(model, layers, packing, record),
+        recording_moments(model, {}, look, around),
+    ):
+        adapter.run_packed(model, batch.input_ids, batch.position_ids)
+    return stale
 
 
 def padding_fault(model: PreTrainedModel, vocab_size: int, device: torch.device) -> str | None:

@@ -98,7 +98,7 @@ class StepPlan(msgspec.Struct, frozen=True, kw_only=True):
 
     def moments(self) -> set[Moment]:
         """The moments at which this program must be woken."""
-        return {Moment(point.path, point.port, point.call) for point in self.touched}
+        return {Moment.of(point) for point in self.touched}
 
 
 class Program:

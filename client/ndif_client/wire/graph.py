@@ -81,16 +81,20 @@ class HookPoint(msgspec.Struct, frozen=True, order=True):
             is an attention.
         leaf: which tensor of it: "" for a single tensor, "0" or "1.0" for items of a tuple,
             "logits" for a field, "args.0" or "kwargs.hidden_states" for inputs.
-        call: which call of the module in one forward, counted from 0.
+        call: which call of the module, or of the operation, in one forward, counted from 0.
+        operation: name of an operation inside the module's forward, whose input or output is
+            meant; "" for the module itself.
     """
 
     path: Path
     port: Port
     leaf: Path = ""
     call: Index = 0
+    operation: Path = ""
 
     def __str__(self) -> str:
-        place = f"{self.path}.{self.port}" if self.path else self.port
+        inside = f"source.{self.operation}" if self.operation else ""
+        place = ".".join(filter(None, (self.path, inside, self.port)))
         place += f"[{self.leaf}]" if self.leaf else ""
         return f"{place} (call {self.call})" if self.call else place
 

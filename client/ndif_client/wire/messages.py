@@ -329,7 +329,7 @@ class DropRequest(msgspec.Struct, frozen=True):
 
 
 class HookInfo(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """One hook point of a module.
+    """One hook point of a module, or of an operation inside of its forward.
 
     `shape` is symbolic: integers, "batch", "sequence", or "batch*sequence". `order` says when it
     fires within a forward: a value can reach only hook points of the same or a higher order.
@@ -338,9 +338,31 @@ class HookInfo(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     port: Port
     leaf: str = ""
     call: int = 0
+    operation: str = ""
     shape: list[int | str]
     dtype: str
     order: int
+
+
+class OperationInfo(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One operation inside of a forward: its name, and the line of the source it stands in.
+
+    Lines are counted from 0, orders of its hook points from the module's own first one.
+    """
+
+    name: str
+    line: int
+    hooks: list[HookInfo] = []
+    #: why other tensors of it can't be touched, if there are any
+    withheld: str = ""
+
+
+class ForwardInfo(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What is inside of a forward, or why nothing of it can be touched."""
+
+    source: str = ""
+    operations: list[OperationInfo] = []
+    refusal: str = ""
 
 
 class ParameterInfo(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -359,6 +381,9 @@ class ModuleInfo(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     #: what torch prints between the parentheses, e.g. "in_features=576, out_features=1536"
     extra: str = ""
     hooks: list[HookInfo] = []
+    #: position of its forward in `ModelTree.forwards`, and what its orders are counted from
+    forward: int | None = None
+    first_order: int = 0
     parameters: list[ParameterInfo] = []
     children: list[ModuleInfo] = []
     #: names that mean the same in every family ("attn", "layers"), and the modules' paths from here
@@ -382,6 +407,8 @@ class ModelTree(msgspec.Struct, frozen=True, kw_only=True):
     hidden_size: int
     vocab_size: int
     root: ModuleInfo
+    #: what is inside of the modules' forwards, once for all modules where it is the same
+    forwards: list[ForwardInfo] = []
 
 
 class ModelSummary(msgspec.Struct, frozen=True, kw_only=True):

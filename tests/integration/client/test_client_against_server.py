@@ -93,6 +93,47 @@ def _close(got: Any, expected: torch.Tensor) -> bool:
 # ---------------------------------------------------------------- values
 
 
+async def test_operations_inside_of_a_forward_are_read_and_written(
+    session: Session, model: Any, reference: Reference
+) -> None:
+    attention = model.model.layers[1].self_attn
+    mlp = model.model.layers[1].mlp
+    source = repr(attention.source)
+    async with session.trace(PROMPT):
+        query = attention.source.apply_rotary_pos_emb_0.output[0].save()
+        given = attention.source.attention_interface_0.inputs.args[1].save()
+        heads = attention.source.attention_interface_0.output[0].save()
+        mlp.source.mul_0.output[:, -1] = 0
+        logits = model.output.logits.save()
+    async with session.trace(PROMPT):
+        model.model.layers[1].mlp.down_proj.input[:, -1] = 0
+        wanted = model.output.logits.save()
+
+    assert "apply_rotary_pos_emb_0 -> " in source
+    assert torch.equal(query.value, given.value)
+    joined = heads.value.flatten(2)
+    projected = joined @ reference.model.model.layers[1].self_attn.o_proj.weight.T
+    assert _close(projected, reference.output(PROMPT, "model.layers.1.self_attn.o_proj"))
+    assert _close(logits.value, wanted.value)
+    with pytest.raises(errors.UnknownNameError, match="did you mean 'mul_0'"):
+        _ = mlp.source.mull_0
+
+
+async def test_operations_are_touched_at_the_steps_of_a_generation(
+    session: Session, model: Any
+) -> None:
+    rotary = model.model.layers[0].self_attn.source.apply_rotary_pos_emb_0
+    async with session.generate(PROMPT, max_new_tokens=3) as generation:
+        with generation.all():
+            query = rotary.output[0].save()
+        with generation.steps[1:]:
+            model.model.layers[2].source.add_1.output = 0
+            after = model.model.layers[2].output.save()
+
+    assert [value.shape[2] for value in query.value] == [len(generation.result.token_ids), 1, 1]
+    assert [bool(value.any()) for value in after.value] == [False, False]
+
+
 async def test_saved_activations_are_those_of_transformers(
     session: Session, model: Any, reference: Reference
 ) -> None:

@@ -93,7 +93,9 @@ def test_a_write_to_any_hook_point_changes_the_model_as_a_plain_hook_would(
         if (wanted[5] - untouched).abs().max() < 1e-6:
             idle.add(str(point))
     # The model itself makes no use of these.
-    assert idle <= {"model.rotary_emb.input[args.0]", "model.layers.1.mlp.gate.output[0]"}
+    modules = {place for place in idle if "source." not in place}
+    assert modules <= {"model.rotary_emb.input[args.0]", "model.layers.1.mlp.gate.output[0]"}
+    assert len(idle) < len(points) / 10
 
 
 def test_the_hook_points_of_a_llama_block_are_those_of_its_modules(load_engine: LoadEngine) -> None:
@@ -102,7 +104,9 @@ def test_the_hook_points_of_a_llama_block_are_those_of_its_modules(load_engine: 
     found = [
         f"{site.point} {' '.join(map(str, site.shape))}"
         for site in sites
-        if site.point.path.startswith("model.layers.0.") and site.point.port == "output"
+        if site.point.path.startswith("model.layers.0.")
+        and site.point.port == "output"
+        and not site.point.operation
     ]
 
     assert [line.removeprefix("model.layers.0.") for line in found] == [

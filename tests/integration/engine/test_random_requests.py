@@ -68,7 +68,13 @@ def test_random_requests_in_one_forward_equal_plain_hooks_alone(
     seeds: list[int], load_engine: LoadEngine, load_oracle: LoadOracle
 ) -> None:
     engine, oracle = load_engine("qwen3"), load_oracle("qwen3")
-    sites = [site for site in engine.blueprint.table.sites.values() if site.dtype.is_floating_point]
+    sites = [
+        site
+        for site in engine.blueprint.table.sites.values()
+        if site.dtype.is_floating_point
+        # A variance that becomes negative makes NaN, which the oracle's padding hands on.
+        and not (site.point.operation and "norm" in site.point.path)
+    ]
     authors = [Author(seed, sites) for seed in seeds]
     requests = [Request(author.recorder, author.invokes) for author in authors]
 

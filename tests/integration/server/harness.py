@@ -292,7 +292,18 @@ async def events_of(reply: aiohttp.ClientResponse) -> AsyncIterator[tuple[Event,
 
 @asynccontextmanager
 async def wire(server: Server) -> AsyncIterator[Wire]:
+    port = int(server.url.rpartition(":")[2])
+    others = _connections_to(port)
     async with aiohttp.ClientSession() as http:
         yield Wire(http, server.url)
-    # A closed connection lets go of its socket in the loop's next turn, which may be none.
-    await asyncio.sleep(0)
+    # A connection that is closed while it sends, as one whose request was refused, lets go of its
+    # socket only when the server does.
+    async with asyncio.timeout(20):
+        while _connections_to(port) - others:
+            await asyncio.sleep(0.01)
+
+
+def _connections_to(port: int) -> set[int]:
+    """Return the local ports of this process's connections to a server."""
+    every = psutil.Process().net_connections("tcp4")
+    return {each.laddr.port for each in every if each.raddr and each.raddr.port == port}

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from msgspec.structs import replace
 
 from ndif_actor.engine import ops
 from ndif_client import Session, Trace
@@ -22,7 +23,14 @@ from ndif_client.wire.graph import (
     Save,
     WriteHook,
 )
-from ndif_client.wire.messages import HookInfo, ModelTree, ModuleInfo, ParameterInfo
+from ndif_client.wire.messages import (
+    ForwardInfo,
+    HookInfo,
+    ModelTree,
+    ModuleInfo,
+    OperationInfo,
+    ParameterInfo,
+)
 
 NUM_LAYERS = 3
 HIDDEN_SIZE = 6
@@ -68,6 +76,7 @@ def make_tree() -> ModelTree:
         children=[embed, ModuleInfo(name="layers", kind="ModuleList", children=layers), norm],
     )
     head = _plain(orders, "lm_head", "Linear", "in_features=6", [VOCAB_SIZE, HIDDEN_SIZE])
+    head = replace(head, forward=1)
     logits = orders.hook("output", "logits", ["batch", "sequence", VOCAB_SIZE], "float32")
     root = ModuleInfo(
         name="", kind="TinyForCausalLM", hooks=[root_input, logits], children=[body, head]
@@ -83,6 +92,10 @@ def make_tree() -> ModelTree:
         hidden_size=HIDDEN_SIZE,
         vocab_size=VOCAB_SIZE,
         root=root,
+        forwards=[
+            _FORWARD,
+            ForwardInfo(refusal="the forward of Linear is not code of transformers"),
+        ],
     )
 
 
@@ -110,13 +123,62 @@ def _layer(orders: _Orders, name: str) -> ModuleInfo:
         for leaf in ("0", "1.0", "1.1")
     ]
     mixer = ModuleInfo(name="mixer", kind="Mixer", hooks=pair)
-    mlp = _plain(orders, "mlp", "MLP", "", [HIDDEN_SIZE, HIDDEN_SIZE])
+    mlp = _mlp(orders)
     layer_output = orders.hook("output", "", list(_HIDDEN), "float32")
     return ModuleInfo(
         name=name,
         kind="DecoderLayer",
         hooks=[layer_input, layer_output],
         children=[attention, mixer, mlp],
+    )
+
+
+#: The forward of every MLP: its second line has two operations, one of which shows no output.
+_FORWARD = ForwardInfo(
+    source="def forward(self, x):\n    return rotate(x, [x, x]) + self.up(x)\n",
+    operations=[
+        OperationInfo(
+            name="rotate_0",
+            line=1,
+            hooks=[
+                HookInfo(port=port, leaf=leaf, shape=list(_HIDDEN), dtype="float32", order=order)
+                for port, leaf, order in (
+                    ("input", "args.0", 1),
+                    ("input", "args.1.0", 1),
+                    ("input", "args.1.1", 1),
+                    ("output", "", 2),
+                )
+            ],
+        ),
+        OperationInfo(
+            name="add_0",
+            line=1,
+            hooks=[
+                HookInfo(
+                    port="input", leaf="args.0", call=call, shape=list(_HIDDEN), dtype="float32",
+                    order=3 + call,
+                )
+                for call in range(2)
+            ],
+            withheld="the shards have yet to add it up",
+        ),
+    ],
+)  # fmt: skip
+
+
+def _mlp(orders: _Orders) -> ModuleInfo:
+    """An MLP with four moments inside, between its input and its output."""
+    entered = orders.hook("input", "args.0", list(_HIDDEN), "float32")
+    for _ in range(4):
+        orders.moment()
+    left = orders.hook("output", "", list(_HIDDEN), "float32")
+    return ModuleInfo(
+        name="mlp",
+        kind="MLP",
+        hooks=[entered, left],
+        forward=0,
+        first_order=entered.order,
+        parameters=[ParameterInfo("weight", [HIDDEN_SIZE, HIDDEN_SIZE], "float32")],
     )
 
 

@@ -5,6 +5,7 @@ That they travel is proven with real processes in tests/integration/engine.
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 import torch
 from hypothesis import given
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from ndif_actor.engine import layout
 from ndif_actor.engine.hookpoints import Site
-from ndif_actor.engine.layout import Sharded, ShardGroup, learn_layouts
+from ndif_actor.engine.layout import Glimpse, Sharded, ShardGroup, learn_layouts
 from ndif_actor.engine.moments import Moment
 from ndif_actor.errors import ModelError
 from ndif_client.wire.graph import HookPoint
@@ -96,7 +97,8 @@ def test_a_tensor_is_sharded_on_the_axis_in_which_it_differs_from_its_full_shape
 
     found = learn_layouts(SITES, recording, 6, {"gate_up": 2}, group)
 
-    assert found == {
+    assert found.withheld == {}
+    assert found.sharded == {
         HookPoint("q_proj", "output"): Sharded(-1, (4, 4)),
         HookPoint("q_norm", "output"): Sharded(-2, (2, 2)),
         HookPoint("gate_up", "output"): Sharded(-1, (8, 6), parts=2),
@@ -108,7 +110,79 @@ def test_a_tensor_cut_along_several_axes_is_refused() -> None:
         learn_layouts(SITES, seen(q_norm=(1, 6, 2, 1)), 6, {}, Rank(0, 2, [[]]))
 
 
+# ---------------------------------------------------------------- inside of a forward
+
+
+class Ranks(Rank):
+    """The first of two ranks, which is told what the other one's marks are."""
+
+    def __init__(self, sizes: list[list[int]], other: list[torch.Tensor]) -> None:
+        super().__init__(0, 2, sizes)
+        self.other = torch.stack([Glimpse.of(value, marked=True).marks for value in other])
+
+    def gather(self, local: torch.Tensor, layout: Sharded) -> torch.Tensor:
+        return torch.cat([local, self.other[None]])
+
+
+def inside(operation: str, packed_shape: tuple[int | str, ...]) -> Site:
+    point = HookPoint("mlp", "output", operation=operation)
+    return msgspec.structs.replace(site("mlp", packed_shape), point=point)
+
+
+def glimpsed(**values: torch.Tensor) -> dict[Moment, dict[str, Glimpse]]:
+    return {
+        Moment("mlp", "output", 0, name): {"": Glimpse.of(value, marked=True)}
+        for name, value in values.items()
+    }
+
+
+def test_what_the_ranks_have_yet_to_add_up_is_withheld() -> None:
+    generator = torch.Generator().manual_seed(0)
+    same, mine, others = torch.randn(3, 1, 6, 8, generator=generator)
+    sites = [inside("same_0", (1, "T", 8)), inside("part_0", (1, "T", 8))]
+    recording = glimpsed(same_0=same, part_0=mine)
+
+    sharded, withheld = learn_layouts(sites, recording, 6, {}, Ranks([[], []], [same, others]))
+
+    assert sharded == {}
+    assert list(withheld) == [sites[1].point]
+    assert "adds up later" in withheld[sites[1].point]
+
+
+def test_slices_of_an_operation_are_learned_and_what_is_none_is_withheld() -> None:
+    generator = torch.Generator().manual_seed(0)
+    values = {
+        "heads_0": torch.randn(1, 6, 2, 4, generator=generator),
+        "both_0": torch.randn(1, 6, 2, 2, generator=generator),
+        "short_0": torch.randn(1, 6, 3, 4, generator=generator),
+        "flat_0": torch.randn(6, 16, generator=generator),
+    }
+    sites = [inside(name, (1, "T", 4, 4)) for name in (*values, "unseen_0")]
+    others = [-value for value in values.values()] + [torch.zeros(1)]
+    group = Ranks([[2, 3], [2, 2]], others)
+
+    sharded, withheld = learn_layouts(sites, glimpsed(**values), 6, {}, group)
+
+    points = {one.point.operation: one.point for one in sites}
+    assert sharded == {points["heads_0"]: Sharded(-2, (2, 2))}
+    assert withheld.keys() == {points[name] for name in ("both_0", "short_0", "flat_0", "unseen_0")}
+    assert withheld[points["unseen_0"]] == "the loaded model does not run it"
+
+
+def test_slices_beside_a_fused_projection_are_withheld() -> None:
+    sites = [inside("chunk_0", (1, "T", 8))]
+    value = torch.ones(1, 6, 4)
+    group = Ranks([[4], [4]], [value])
+
+    sharded, withheld = learn_layouts(
+        sites, glimpsed(chunk_0=value), 6, {"mlp.gate_up_proj": 2}, group
+    )
+
+    assert sharded == {}
+    assert "can't be told" in withheld[sites[0].point]
+
+
 def test_a_model_in_one_piece_has_no_sharded_tensors() -> None:
     recording = seen(norm=(1, 6, 8), q_proj=(1, 6, 8))
 
-    assert learn_layouts(SITES, recording, 6, {}, ShardGroup(0, 1)) == {}
+    assert learn_layouts(SITES, recording, 6, {}, ShardGroup(0, 1)) == ({}, {})
