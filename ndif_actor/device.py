@@ -19,7 +19,17 @@ import structlog
 
 from ndif_actor.engine.cpu import kernel_environment
 from ndif_actor.errors import LaunchError
-from ndif_actor.messages import Forget, Load, Loaded, PassDone, RunPass, Settle, SwapIn, SwapOut
+from ndif_actor.messages import (
+    Forget,
+    Load,
+    Loaded,
+    LogLine,
+    PassDone,
+    RunPass,
+    Settle,
+    SwapIn,
+    SwapOut,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -106,16 +116,22 @@ class Device:
         )
 
     def run(
-        self, message: RunPass, buffers: list[memoryview], allocate: Callable[[int], memoryview]
+        self,
+        message: RunPass,
+        buffers: list[memoryview],
+        allocate: Callable[[int], memoryview],
+        tell: Callable[[LogLine], None],
     ) -> tuple[PassDone, list[memoryview]]:
         """Run one forward; return the report and the buffers it refers to.
+
+        `tell` is called with the lines that requests log, while it runs.
 
         Raises:
             Exception: whatever ends the pass as a whole (a lost peer, no memory); this shard
                 can't go on then.
         """
         began = time.perf_counter()
-        results, saved = self._engine.run_pass(message, buffers, allocate)
+        results, saved = self._engine.run_pass(message, buffers, allocate, tell)
         done = PassDone(
             rank=self._place.rank,
             sequence=message.sequence,

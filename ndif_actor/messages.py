@@ -1,6 +1,6 @@
 """The messages between a coordinator and the shards of its replica, each the header of one frame.
 
-    shard -> coordinator   Hello, Loaded, PassDone, ShardFailed
+    shard -> coordinator   Hello, Loaded, LogLines, PassDone, ShardFailed
     coordinator -> shard   Load, RunPass, Settle, Forget, SwapOut, SwapIn, Stop
 
 Every shard of a replica receives the same messages in the same order. Only `RunPass` is answered,
@@ -177,6 +177,21 @@ class GroupResult(msgspec.Struct, frozen=True, kw_only=True):
     fault: Fault | None = None
 
 
+class LogLine(msgspec.Struct, frozen=True):
+    """A line that node number `node` of a request has written at a step."""
+
+    request: str
+    node: int
+    step: int
+    text: str
+
+
+class LogLines(msgspec.Struct, frozen=True, tag="log"):
+    """Lines written in the pass that runs, in order; rank 0 alone tells them."""
+
+    lines: list[LogLine]
+
+
 class PassDone(msgspec.Struct, frozen=True, tag="done", kw_only=True):
     """A forward is over. `results` is filled by rank 0 alone."""
 
@@ -198,7 +213,7 @@ class Stop(msgspec.Struct, frozen=True, tag="stop"):
 
 
 ToShard = Load | RunPass | Settle | Forget | SwapOut | SwapIn | Stop
-FromShard = Hello | Loaded | PassDone | ShardFailed
+FromShard = Hello | Loaded | LogLines | PassDone | ShardFailed
 
 #: What these links accept: both sides are this program, and clients' limits have held before.
 LINK_LIMITS = FrameLimits(

@@ -27,6 +27,8 @@ from ndif_actor.messages import (
     Forget,
     Hello,
     Load,
+    LogLine,
+    LogLines,
     RunPass,
     Settle,
     ShardFailed,
@@ -111,10 +113,32 @@ class ShardActor:
         await self._link.send(await self._thread.call(self._device.load, load))
 
     async def _run_pass(self, message: RunPass, buffers: list[memoryview]) -> None:
-        done, saved = await self._thread.call(
-            self._device.run, message, buffers, self._link.allocate
-        )
+        loop = asyncio.get_running_loop()
+        lines: asyncio.Queue[LogLine | None] = asyncio.Queue()
+
+        def tell(line: LogLine | None) -> None:
+            loop.call_soon_threadsafe(lines.put_nowait, line)
+
+        sending = asyncio.create_task(self._send_lines(lines))
+        try:
+            done, saved = await self._thread.call(
+                self._device.run, message, buffers, self._link.allocate, tell
+            )
+        finally:
+            tell(None)
+            await sending
         await self._link.send(done, saved)
+
+    async def _send_lines(self, lines: asyncio.Queue[LogLine | None]) -> None:
+        """Send what is logged as it comes, up to None."""
+        ended = False
+        while not ended:
+            waiting = [await lines.get()]
+            while not lines.empty():
+                waiting.append(lines.get_nowait())
+            ended = waiting[-1] is None
+            if written := [line for line in waiting if line is not None]:
+                await self._link.send(LogLines(written))
 
     async def _leave(self) -> ExitCode:
         try:

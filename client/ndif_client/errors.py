@@ -25,9 +25,14 @@ Those that answer for a line of the user's end with that line; `fault` has it as
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from ndif_client.sources import capture
 from ndif_client.wire.graph import Source
 from ndif_client.wire.messages import Fault
+
+if TYPE_CHECKING:
+    from ndif_client.results import Result
 
 
 class NdifError(Exception):
@@ -37,9 +42,11 @@ class NdifError(Exception):
         message: what happened, where, and what to do.
         fault: the same as data, where the server or the recorder found the fault.
         status: the HTTP status it came with, if it was the answer to a whole call.
+        result: what a trace had saved before it failed, if anything.
     """
 
     status: int | None = None
+    result: Result | None = None
 
     def __init__(self, message: str, fault: Fault | None = None) -> None:
         super().__init__(message, fault)

@@ -19,7 +19,13 @@ from ndif_client.arguments import (
     is_dtype,
     recorder_of,
 )
-from ndif_client.errors import NoValueError, UnknownNameError, ValueUnknownError, graph_error
+from ndif_client.errors import (
+    NdifError,
+    NoValueError,
+    UnknownNameError,
+    ValueUnknownError,
+    graph_error,
+)
 from ndif_client.gradients import BackwardBlock, differentiate, read_gradient, write_gradient
 from ndif_client.method_types import MethodTypes
 from ndif_client.recorder import Recorder
@@ -118,7 +124,7 @@ class Proxy(Value, MethodTypes):
         """The saved value, when the trace has run: a tensor, or a tuple of tensors.
 
         Raises:
-            NoValueError: it was not saved, or the trace has not run, or has failed.
+            NoValueError: it was not saved, or the trace has not run, or has failed before.
         """
         recorder = self._recorder
         if self._saved is None:
@@ -126,10 +132,13 @@ class Proxy(Value, MethodTypes):
             raise NoValueError(
                 f"this value was not saved; call .save() on it inside of the trace\n  at {at}"
             )
-        if recorder.failure is not None:
+        failure = recorder.failure
+        if failure is not None:
+            if isinstance(failure, NdifError) and failure.result is not None:
+                return failure.result.saved(self._saved)
             raise NoValueError(
-                f"there is no value, because the trace has failed: {recorder.failure}"
-            ) from recorder.failure
+                f"there is no value, because the trace has failed: {failure}"
+            ) from failure
         if recorder.result is None:
             raise NoValueError(
                 "there is no value yet: the trace has not run. It runs at the end of "

@@ -44,6 +44,7 @@ from ndif_client.wire.graph import (
     HookPoint,
     Invoke,
     Keep,
+    Log,
     Node,
     Parameter,
     ReadGradient,
@@ -129,6 +130,8 @@ class Recorder:
         self.block = PREFILL_BLOCK
         self.buffers: list[bytes] = []
         self.names: dict[str, Layout] = {}
+        #: who is told of the lines that a node writes
+        self.logs: dict[int, Callable[[str], object]] = {}
         self.result: Result | None = None
         self._failure: BaseException | None = None
         self.closed_at: Source | None = None
@@ -477,8 +480,8 @@ class Recorder:
 
     @property
     def has_effects(self) -> bool:
-        """Whether any hook point is written, or a value kept."""
-        return bool(self._last_writes) or bool(self._keeps)
+        """Whether any hook point is written, a value kept, or a line logged."""
+        return bool(self._last_writes) or bool(self._keeps) or bool(self.logs)
 
     def constant(self, value: Any) -> Ref:
         """Record a copy of an array or tensor; equal ones are sent once.
@@ -562,6 +565,10 @@ class Recorder:
         if node not in self._saves:
             self._saves[node] = self.add(Save(Ref(node)), block=self._blocks[node])
         return self._saves[node]
+
+    def log(self, items: list[Ref | str], to: Callable[[str], object]) -> None:
+        """Record that a line is to be told when it is reached."""
+        self.logs[self.add(Log(items))] = to
 
     def name(self, name: str, saved: Layout, *, replace: bool = False) -> None:
         """Give saved values a name.

@@ -55,6 +55,7 @@ class Result:
         tensors: ArrayKind,
         blocks: Mapping[int, Block] | None = None,
         conditional: frozenset[int] = frozenset(),
+        failure: Exception | None = None,
     ) -> None:
         self.id = done.id
         self.statistics: Statistics = done.statistics
@@ -65,6 +66,7 @@ class Result:
         self._buffers = buffers
         self._blocks = blocks or {}
         self._conditional = conditional
+        self._failure = failure
         self._saved: dict[int, dict[int, SavedTensor | SavedTuple]] = {}
         everything: list[SavedTensor | SavedTuple] = [*done.tensors, *done.tuples]
         for saved in sorted(everything, key=lambda saved: saved.step):
@@ -74,7 +76,7 @@ class Result:
         reached = min((len(each.ids) for each in self._sequences()), default=1)
         for name, layout in names.items():
             for path, number in paths(layout, name):
-                if number in conditional:
+                if number in conditional or failure is not None:
                     continue
                 expected = self._block(number).steps
                 for step in range(expected.start, reached, expected.stride):
@@ -230,6 +232,8 @@ class Result:
         return self._names[name]
 
     def _why_absent(self, number: int) -> str:
+        if self._failure is not None:
+            return f"there is no value, because the trace has failed before: {self._failure}"
         if number in self._conditional:
             return "this value was not made, because its condition did not hold"
         if number not in self._blocks or not self.completions:

@@ -33,6 +33,7 @@ from ndif_client.wire.messages import (
     Event,
     Failed,
     Generated,
+    Logged,
     Queued,
     Running,
     TraceRequest,
@@ -62,6 +63,7 @@ class Pending:
         buffers: Sequence[bytes],
         on_event: Callable[[Queued | Running], None],
         on_token: Callable[[Generated], None] | None = None,
+        on_line: Callable[[Logged], None] | None = None,
     ) -> None:
         self.id = request.id
         self.after = request.after
@@ -69,11 +71,14 @@ class Pending:
         #: set when the server knows of it, or will never do so
         self.arrived = asyncio.Event()
         self.reply: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
+        #: what it had saved before it failed
+        self.partial: Reply | None = None
         self.was_sent = False
         self.was_heard_of = False
         self.was_resent = False
         self._on_event = on_event
         self._on_token = on_token
+        self._on_line = on_line
 
     def take(self, event: Event, buffers: list[memoryview]) -> None:
         """Note what the server says of this request."""
@@ -84,10 +89,15 @@ class Pending:
         if isinstance(event, Done):
             self.reply.set_result((event, buffers))
         elif isinstance(event, Failed):
+            if event.partial is not None:
+                self.partial = event.partial, buffers
             self.reply.set_exception(from_fault(event.fault))
         else:
             try:
-                if not isinstance(event, Generated):
+                if isinstance(event, Logged):
+                    if self._on_line is not None:
+                        self._on_line(event)
+                elif not isinstance(event, Generated):
                     self._on_event(event)
                 elif self._on_token is not None:
                     self._on_token(event)
@@ -116,6 +126,7 @@ class Submitter:
         buffers: Sequence[bytes],
         on_event: Callable[[Queued | Running], None],
         on_token: Callable[[Generated], None] | None = None,
+        on_line: Callable[[Logged], None] | None = None,
     ) -> Pending:
         """Send a request at the end of this turn of the event loop.
 
@@ -123,8 +134,9 @@ class Submitter:
             request, buffers: what to send.
             on_event: told of its progress.
             on_token: told of each step of a generation.
+            on_line: told of each line it logs.
         """
-        pending = Pending(request, buffers, on_event, on_token)
+        pending = Pending(request, buffers, on_event, on_token, on_line)
         self._enqueue(pending)
         return pending
 

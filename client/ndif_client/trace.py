@@ -15,10 +15,12 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, Self, TypedDict, get_args
 
+from ndif_client.arguments import encode
 from ndif_client.decoding import as_seed
 from ndif_client.errors import (
     ClosedTraceError,
     GraphError,
+    NdifError,
     NoValueError,
     TraceCancelledError,
     graph_error,
@@ -34,11 +36,13 @@ from ndif_client.results import Result
 from ndif_client.sources import capture, user_frame
 from ndif_client.steps import Block
 from ndif_client.submission import Pending, Reply
-from ndif_client.wire.graph import MAX_INVOKES
+from ndif_client.wire.graph import MAX_INVOKES, MAX_LOGGED, Ref
 from ndif_client.wire.messages import (
     MAX_AFTER,
     Decoding,
+    Done,
     Generated,
+    Logged,
     Numerics,
     Queued,
     Running,
@@ -265,6 +269,34 @@ class Trace:
 
         return branch(condition, self._recorder)
 
+    def log(self, *items: Any, to: Callable[[str], object] = print) -> None:
+        """Print texts and values while it runs, as soon as the model has got there.
+
+        `trace.log("norm", h.norm())` prints a line such as `norm 3.25`; of a large value the first
+        and last numbers. A request logs at most 10,000 lines of 4,096 characters.
+
+        Args:
+            items: texts, numbers, and values of the trace.
+            to: called with each line.
+
+        Raises:
+            GraphError: something is no value of this trace.
+        """
+        if not callable(to):
+            raise graph_error(f"to={to!r:.80}: it is called with each line, as print is")
+        if not items or len(items) > MAX_LOGGED:
+            raise graph_error(f"a line has 1 to {MAX_LOGGED} texts and values")
+        logged: list[Ref | str] = []
+        for item in items:
+            if isinstance(item, str | int | float):
+                logged.append(str(item))
+            else:
+                argument = encode(item, self._recorder)
+                if not isinstance(argument, Ref):
+                    raise graph_error(f"a line has texts and values, not {type(item).__name__}")
+                logged.append(argument)
+        self._recorder.log(logged, to)
+
     def choose(self, condition: Any, then: Any, otherwise: Any) -> Proxy:
         """Return `then` if a condition holds, else `otherwise`, which has the same shape and dtype.
 
@@ -455,13 +487,18 @@ class Trace:
         with self._awaiting(pending):
             done, buffers = await asyncio.shield(pending.reply)
         if recorder.result is None:
-            blocks = {number: recorder.block_of(number) for number in recorder.saves()}
-            tensors = self._session._tensors
-            recorder.result = Result(
-                done, buffers, recorder.names, tensors, blocks, recorder.conditional_saves()
-            )
+            recorder.result = self._result(done, buffers)
             self._tell(Progress(self._id, "done", elapsed_s=self._elapsed_s()))
         return recorder.result
+
+    def _result(
+        self, done: Done, buffers: list[memoryview], failure: Exception | None = None
+    ) -> Result:
+        recorder = self._recorder
+        blocks = {number: recorder.block_of(number) for number in recorder.saves()}
+        conditional = recorder.conditional_saves()
+        tensors = self._session._tensors
+        return Result(done, buffers, recorder.names, tensors, blocks, conditional, failure)
 
     def _start(self) -> Pending:
         """Return the request on its way, submitted now if it was not."""
@@ -504,6 +541,8 @@ class Trace:
             raise
         except Exception as error:
             self._fail(error)
+            if isinstance(error, NdifError) and pending.partial and error.result is None:
+                error.result = self._result(*pending.partial, error)
             raise
         finally:
             self._waiters -= 1
@@ -519,7 +558,7 @@ class Trace:
             raise
         self._session._drop_abandoned()
         self._pending = self._session._submitter.submit(
-            request, self._recorder.buffers, self._note, self._take_tokens
+            request, self._recorder.buffers, self._note, self._take_tokens, self._take_line
         )
         self._recorder.origin.was_submitted = True
         self._pending.reply.add_done_callback(self._note_end)
@@ -559,6 +598,9 @@ class Trace:
             session=self._session._holder.id,
             after=after,
         )
+
+    def _take_line(self, event: Logged) -> None:
+        self._recorder.logs.get(event.node, print)(event.text)
 
     def _take_tokens(self, event: Generated) -> None:
         """Note the tokens of one step; a trace has none."""

@@ -123,11 +123,14 @@ class Admission:
     async def withhold(self, withheld: Mapping[str, Sequence[HookPoint]]) -> None:
         """Refuse hook points that the shards can't offer; they come by the reason why."""
         reasons = {point: why for why, points in withheld.items() for point in points}
-        await self._thread.call(self._blueprint.withhold, reasons)
+        await self._thread.call(self._withhold, reasons)
 
     async def tree(self, device: str, unpackable: str | None) -> ModelTree:
         """Describe the model to clients, as its shards have found it."""
         return await self._thread.call(self._tree, device, unpackable)
+
+    def _withhold(self, reasons: dict[HookPoint, str]) -> None:
+        self._blueprint.withhold(reasons)
 
     def _tree(self, device: str, unpackable: str | None) -> ModelTree:
         return self._blueprint.tree(model_id=self._model_id, device=device, unpackable=unpackable)

@@ -79,9 +79,11 @@ class GrowingCompletion:
         return text
 
     def completion(self) -> Completion:
-        """Return what has been generated, when it has ended."""
-        assert self.finish is not None, "only what has ended is complete"
-        return Completion(self.ids, self._pieces(self.ids), "".join(self._texts), self.finish)
+        """Return what has been generated: all of it, or what there was when its request failed."""
+        text = "".join(self._texts)
+        if self.finish is None:
+            text += self._held + self._stream.end()
+        return Completion(self.ids, self._pieces(self.ids), text, self.finish or "failed")
 
     def _could_begin_a_stop(self, text: str) -> int:
         """Return how many characters at the end of `text` a stop text may begin with."""

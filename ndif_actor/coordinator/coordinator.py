@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Coroutine
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
@@ -39,7 +40,7 @@ from ndif_actor.coordinator.screening import check_protocol
 from ndif_actor.coordinator.sessions import Sessions
 from ndif_actor.coordinator.stream import EventStream
 from ndif_actor.errors import LaunchError, ReplicaLost, RequestError
-from ndif_actor.messages import Forget, Loaded, Settle
+from ndif_actor.messages import Forget, Loaded, LogLine, Settle
 from ndif_client.wire.frames import Frame
 from ndif_client.wire.messages import (
     Done,
@@ -379,7 +380,7 @@ class Coordinator:
             for command in start.before:
                 _log.debug("before the pass", sequence=start.sequence, command=str(command))
                 await self._replica.tell(command)
-            report = await self._replica.run_pass(message, buffers)
+            report = await self._replica.run_pass(message, buffers, self._log_lines)
         except ReplicaLost:
             return  # `_become_lost` abandons the requests
         except Exception:
@@ -416,6 +417,12 @@ class Coordinator:
                     job.tell(step.generated)
                 if step.last is not None:
                     self.ledger.end(job, step.last)
+
+    def _log_lines(self, lines: list[LogLine]) -> None:
+        """Pass on what requests log while they run."""
+        for line in lines:
+            with suppress(KeyError):  # cancelled meanwhile
+                self.ledger.job(line.request).log(line)
 
     # ------------------------------------------------------------ ends
 

@@ -8,6 +8,7 @@ They live and die together: collectives tie them, and their slices fit no other 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -15,16 +16,29 @@ import structlog
 
 from ndif_actor.actor.link import Link, LinkClosed, Received
 from ndif_actor.errors import ReplicaLost
-from ndif_actor.messages import FromShard, Hello, Loaded, PassDone, RunPass, ShardFailed
+from ndif_actor.messages import (
+    FromShard,
+    Hello,
+    Loaded,
+    LogLine,
+    LogLines,
+    PassDone,
+    RunPass,
+    ShardFailed,
+)
 from ndif_client.wire.frames import FrameError
+
+#: Called with what requests log while a pass runs.
+Log = Callable[[list[LogLine]], None]
 
 _log = structlog.get_logger(__name__)
 
 
 class _Pass(msgspec.Struct):
-    """The pass that runs now: who has answered, and what."""
+    """The pass that runs now: who has answered, and what, and who is told what it logs."""
 
     sequence: int
+    log: Log
     finished: asyncio.Future[list[Received[FromShard]]]
     answers: dict[int, Received[FromShard]]
 
@@ -123,9 +137,11 @@ class Incarnation:
             self.lose(f"{type(message).__name__} could not be sent: {error}")
 
     async def run_pass(
-        self, message: RunPass, buffers: list[memoryview], timeout_s: float
+        self, message: RunPass, buffers: list[memoryview], timeout_s: float, log: Log
     ) -> list[Received[Any]]:
         """Run one pass; return what every rank answered, rank 0 first.
+
+        `log` is called with what requests log meanwhile.
 
         Raises:
             ReplicaLost: a shard was lost, or did not answer in time.
@@ -133,7 +149,7 @@ class Incarnation:
         if self.lost.done():
             raise ReplicaLost(self.lost.result())
         loop = asyncio.get_running_loop()
-        running = self._pass = _Pass(message.sequence, loop.create_future(), {})
+        running = self._pass = _Pass(message.sequence, log, loop.create_future(), {})
         stalled = f"forward {message.sequence} took longer than {timeout_s:.0f} s"
         timer = loop.call_later(timeout_s, self.lose, stalled)
         try:
@@ -148,6 +164,9 @@ class Incarnation:
             case PassDone(sequence=sequence):
                 self._answer(rank, sequence, received)
                 return
+            case LogLines(lines=lines):
+                if self._pass is not None:
+                    self._pass.log(lines)
             case Loaded() as loaded:
                 _log.info("shard loaded", **msgspec.structs.asdict(loaded))
                 self.loaded[rank] = loaded

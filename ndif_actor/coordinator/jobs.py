@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from typing import Literal
 
 import msgspec
@@ -15,7 +16,7 @@ from ndif_actor.coordinator.gathering import Gathered
 from ndif_actor.coordinator.results import Memory, Outgoing
 from ndif_actor.coordinator.screening import moved_constant
 from ndif_actor.coordinator.stream import EventStream
-from ndif_actor.messages import Group, GroupResult, RunPass
+from ndif_actor.messages import Group, GroupResult, LogLine, RunPass
 from ndif_client.wire.graph import Constant
 from ndif_client.wire.messages import (
     Completion,
@@ -24,6 +25,7 @@ from ndif_client.wire.messages import (
     Failed,
     Fault,
     Generated,
+    Logged,
     Queued,
     Statistics,
 )
@@ -62,6 +64,10 @@ class Job(msgspec.Struct, kw_only=True):
         """Send progress to whoever listens."""
         self.progress = event
         self.stream.push(Outgoing(event=event))
+
+    def log(self, line: LogLine) -> None:
+        """Send a line that the request has logged to whoever listens; nobody keeps it."""
+        self.stream.push(Outgoing(event=Logged(self.id, line.node, line.step, line.text)))
 
     @property
     def generates(self) -> bool:
@@ -169,7 +175,7 @@ def _advance(job: Job, report: PassReport, now: float) -> Progress:
     found = report.results.get(job.id, [])
     for result in found:
         if result.fault is not None:
-            return Progress(last=Outgoing(event=Failed(job.id, result.fault)))
+            return Progress(last=_broken_off(job, result.fault, found[0], report))
     if not found or job.prepared is None or job.statistics is None:
         return _failed(job, "internal", "the shards returned no result for this request")
     try:
@@ -243,6 +249,21 @@ def _tokens_of(start: StartPass, jobs: list[Job]) -> int:
 
 def _failed(job: Job, kind: Literal["internal", "limit"], message: str) -> Progress:
     return Progress(last=Outgoing(event=Failed(job.id, Fault(kind=kind, message=message))))
+
+
+def _broken_off(job: Job, fault: Fault, result: GroupResult, report: PassReport) -> Outgoing:
+    """Return the end of a job that has failed, with what it had saved before."""
+    with suppress(ValueError):  # too much for one reply
+        job.gathered.add(result, report.buffers, report.memory)
+    saved = job.gathered.tensors or job.gathered.tuples
+    if not saved or job.prepared is None or job.statistics is None:
+        return Outgoing(event=Failed(job.id, fault))
+    if job.generates:
+        last = _completed(job, job.prepared, job.statistics)
+    else:
+        last = _done(job, job.prepared, job.statistics, [])
+    assert isinstance(last.event, Done)
+    return replace(last, event=Failed(job.id, fault, last.event))
 
 
 def _completed(job: Job, prepared: Prepared, statistics: Statistics) -> Outgoing:

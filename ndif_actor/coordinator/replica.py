@@ -15,7 +15,7 @@ import structlog
 from ndif_actor.actor.handshake import Address, serve
 from ndif_actor.actor.link import Link, LinkClosed
 from ndif_actor.coordinator.choice import ModelChoice
-from ndif_actor.coordinator.incarnation import Incarnation
+from ndif_actor.coordinator.incarnation import Incarnation, Log
 from ndif_actor.coordinator.jobs import PassReport
 from ndif_actor.coordinator.results import Memory
 from ndif_actor.errors import LaunchError, ReplicaLost
@@ -143,7 +143,7 @@ class Replica:
         if self._incarnation is not None and not self._incarnation.lost.done():
             await self._incarnation.tell_all(message, [])
 
-    async def run_pass(self, message: RunPass, buffers: list[memoryview]) -> PassReport:
+    async def run_pass(self, message: RunPass, buffers: list[memoryview], log: Log) -> PassReport:
         """Run one pass on every shard.
 
         Raises:
@@ -151,7 +151,7 @@ class Replica:
         """
         if self._incarnation is None:
             raise ReplicaLost("no shard has joined yet")
-        answers = await self._incarnation.run_pass(message, buffers, self._times.pass_s)
+        answers = await self._incarnation.run_pass(message, buffers, self._times.pass_s, log)
         results: dict[str, list[GroupResult]] = {}
         forward_s = 0.0
         for answer in answers:

@@ -13,6 +13,7 @@ from ndif_client.wire.graph import (
     Graph,
     HookPoint,
     Keep,
+    Log,
     ReadHook,
     Save,
     WriteGradient,
@@ -42,7 +43,7 @@ def check_references(graph: Graph, uses: Sequence[Sequence[int]], num_invokes: i
     Raises:
         RequestError: one does not.
     """
-    writes = (WriteHook, Keep, Save, Backward, WriteGradient)
+    writes = (WriteHook, Keep, Save, Log, Backward, WriteGradient)
     for number, node in enumerate(graph.nodes):
         for used in uses[number]:
             if used >= number:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
@@ -16,7 +16,7 @@ from ndif_actor.engine.batch import Batch, Feeding, Packing, pack, pack_prompts,
 from ndif_actor.engine.blueprint import Blueprint
 from ndif_actor.engine.cache import PAGE_TOKENS, KVCache, make_cache
 from ndif_actor.engine.cpu import has_native_half
-from ndif_actor.engine.execution import Execution, Saved
+from ndif_actor.engine.execution import Execution, Logged, Saved
 from ndif_actor.engine.gradients import differentiate
 from ndif_actor.engine.held import HeldStore, Holdings
 from ndif_actor.engine.interleaver import END_OF_FORWARD, Interleaver
@@ -32,9 +32,12 @@ from ndif_actor.engine.saves import Allocate, GroupSaves, SaveBuffers
 from ndif_actor.engine.sharded import ShardedModel
 from ndif_actor.engine.stages import changing_stages
 from ndif_actor.errors import ModelError, RequestError
-from ndif_actor.messages import Group, GroupResult, Part, RunPass, Settle
+from ndif_actor.messages import Group, GroupResult, LogLine, Part, RunPass, Settle
 from ndif_client.wire.graph import HookPoint
 from ndif_client.wire.messages import Fault
+
+#: Called with a line that a program has logged.
+Tell = Callable[[LogLine], None]
 
 _log = structlog.get_logger(__name__)
 
@@ -75,6 +78,7 @@ class Engine:
         self._rank = rank
         self._generations: dict[str, Generation] = {}
         self._held = HeldStore()
+        self._tell: Tell
         layers = blueprint.table.layers
         self._tail = layers.tail if layers is not None else 0
 
@@ -146,7 +150,11 @@ class Engine:
     # ------------------------------------------------------------ passes
 
     def run_pass(
-        self, message: RunPass, buffers: list[memoryview], allocate: Allocate
+        self,
+        message: RunPass,
+        buffers: list[memoryview],
+        allocate: Allocate,
+        tell: Tell = lambda line: None,
     ) -> tuple[list[GroupResult], list[memoryview]]:
         """Run one forward for all members, and their programs inside it.
 
@@ -154,6 +162,7 @@ class Engine:
             message: who joins, who goes on, and how the rows are laid out.
             buffers: the bytes of the constants of those that join.
             allocate: gives writable memory of that many bytes for a saved value.
+            tell: called with each line that a program logs, on rank 0.
 
         Returns:
             A result per member and the buffers it points to. Ranks other than 0 report only the
@@ -163,6 +172,7 @@ class Engine:
             ReplicaLost: another shard is gone.
             torch.OutOfMemoryError: the pass does not fit on the device.
         """
+        self._tell = tell
         saves = SaveBuffers(allocate)
         self._held.forget_waiting()
         results: list[GroupResult] = []
@@ -255,7 +265,8 @@ class Engine:
         kept = []
         for member, first in zip(members, firsts, strict=True):
             kept.append(GroupSaves(member.graph, member.execution.step, saves))
-            member.execution.join(member.rows(batch.packing, first), self._saver(kept[-1]))
+            rows = member.rows(batch.packing, first)
+            member.execution.join(rows, self._saver(kept[-1]), self._logger(member))
             if isinstance(member, Trace) or member.begins:
                 member.execution.begin()
         executions = [member.execution for member in members]
@@ -328,17 +339,28 @@ class Engine:
     def _saver(self, kept: GroupSaves) -> Saved:
         return kept if self._rank == 0 else lambda node, number, value: None
 
+    def _logger(self, member: Trace | Generation) -> Logged:
+        def log(number: int, text: str) -> None:
+            if self._rank == 0:
+                self._tell(LogLine(member.request, number, member.execution.step, text))
+
+        return log
+
     def _result(
         self, member: Trace | Generation, kept: GroupSaves, tokens: dict[int, int] | None
     ) -> GroupResult:
         made: list[int | None] = []
         if isinstance(member, Generation):
             made = member.advance(tokens or {})
-        if member.execution.fault is not None:
-            return GroupResult(request=member.request, fault=member.execution.fault)
-        self._held.put_aside(member.request, member.execution.holdings)
+        fault = member.execution.fault
+        if fault is None:
+            self._held.put_aside(member.request, member.execution.holdings)
         return GroupResult(
-            request=member.request, tensors=kept.tensors, tuples=kept.tuples, tokens=made
+            request=member.request,
+            tensors=kept.tensors,
+            tuples=kept.tuples,
+            tokens=[] if fault is not None else made,
+            fault=fault,
         )
 
     # ------------------------------------------------------------ dense
@@ -359,7 +381,7 @@ class Engine:
             fault = Fault(kind="execution", message=message)
             return [GroupResult(request=trace.request, fault=fault)]
         kept = GroupSaves(trace.graph, 0, saves)
-        trace.execution.join(own, self._saver(kept))
+        trace.execution.join(own, self._saver(kept), self._logger(trace))
         trace.execution.begin()
         model = self._model.model
         interleaver = Interleaver(model, self.blueprint.table, [trace.execution])

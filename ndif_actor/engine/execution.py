@@ -25,6 +25,7 @@ from ndif_client.wire.graph import (
     Constant,
     Held,
     Keep,
+    Log,
     Node,
     Parameter,
     ReadGradient,
@@ -42,6 +43,13 @@ if TYPE_CHECKING:
 
 #: Called with the node, its number and its value.
 Saved = Callable[[Save, int, ops.Value], None]
+
+#: Called with the node's number and a line of text.
+Logged = Callable[[int, str], None]
+
+#: Lines that one request may log, and characters of each.
+MAX_LINES = 10_000
+_MAX_LINE = 4096
 
 #: After these the device, not the request, is in trouble.
 _FATAL = (torch.OutOfMemoryError, torch.AcceleratorError)
@@ -91,15 +99,18 @@ class Execution:
         self._differentiated: tuple[torch.Tensor, torch.Tensor | None]
         self._rows: Sequence[Rows] = ()
         self._save: Saved
+        self._log: Logged
+        self._lines = 0
 
-    def join(self, rows: Sequence[Rows], save: Saved) -> None:
+    def join(self, rows: Sequence[Rows], save: Saved, log: Logged) -> None:
         """Take part in a pass.
 
         Args:
             rows: of each invoke.
             save: called with each saved value, which it must copy at once.
+            log: called with each line that is logged.
         """
-        self._rows, self._save = rows, save
+        self._rows, self._save, self._log = rows, save, log
 
     def begin(self) -> None:
         """Run the nodes of this step that need nothing from the forward."""
@@ -207,6 +218,21 @@ class Execution:
             case Save(value=Ref(node=saved)):
                 self._save(node, number, _detached(self._values[saved]))
                 return None
+            case Log(items=items):
+                self._write_line(number, items)
+                return None
+
+    def _write_line(self, number: int, items: Sequence[Ref | str]) -> None:
+        self._lines += 1
+        if self._lines > MAX_LINES:
+            return
+        shown = [
+            item if isinstance(item, str) else _shown(self._values[item.node]) for item in items
+        ]
+        line = " ".join(shown)[:_MAX_LINE]
+        if self._lines == MAX_LINES:
+            line += f" (a request logs at most {MAX_LINES} lines: this was the last)"
+        self._log(number, line)
 
     def _own(self, made: list[int]) -> None:
         """Copy what outlives this moment: it may be a view of the batch the model goes on with."""
@@ -353,3 +379,12 @@ def _zeros(value: Any, device: torch.device) -> Any:
     if isinstance(value, tuple):
         return tuple(_zeros(item, device) for item in value)
     return torch.zeros(value.shape, dtype=value.dtype, device=device)
+
+
+def _shown(value: ops.Value) -> str:
+    """Return a value as a line shows it: a number, or what torch prints."""
+    if isinstance(value, tuple):
+        return f"({', '.join(map(_shown, value))})"
+    if value.dim() == 0:
+        return f"{value.item():.6g}" if value.is_floating_point() else str(value.item())
+    return str(value.detach().cpu())

@@ -34,6 +34,7 @@ from ndif_client.wire.graph import (
     HookPoint,
     Items,
     Keep,
+    Log,
     ReadGradient,
     ReadHook,
     Ref,
@@ -261,7 +262,7 @@ class Program:
         first_use: dict[int, int] = {}
         for number in reversed(numbers):
             node = self.graph.nodes[number]
-            movable = not isinstance(node, Keep | Save) and number not in self._stays
+            movable = not isinstance(node, Keep | Log | Save) and number not in self._stays
             if orders[number] == BEFORE_FORWARD and movable:
                 orders[number] = first_use.get(number, BEFORE_FORWARD)
             for used in self._uses[number]:

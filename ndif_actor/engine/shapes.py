@@ -27,10 +27,12 @@ from ndif_client.wire.graph import (
     Constant,
     Held,
     Keep,
+    Log,
     Node,
     Parameter,
     ReadGradient,
     ReadHook,
+    Ref,
     Save,
     Steps,
     WriteGradient,
@@ -218,6 +220,11 @@ def _infer(
             if not isinstance(values[value.node], torch.Tensor | tuple):
                 what = "saved" if isinstance(node, Save) else "kept"
                 raise TypeError(f"only tensors can be {what}")
+            return None
+        case Log(items=items):
+            shown = [values[item.node] for item in items if isinstance(item, Ref)]
+            if any(not isinstance(value, torch.Tensor | tuple) for value in shown):
+                raise TypeError("only texts and tensors can be logged")
             return None
 
 

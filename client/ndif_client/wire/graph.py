@@ -26,6 +26,7 @@ MAX_INVOKES = 1024
 MAX_PROMPTS = 1024
 MAX_TOKENS = 1 << 20
 MAX_HELD_NAME = 256
+MAX_LOGGED = 64
 
 Text = Annotated[str, msgspec.Meta(max_length=MAX_TEXT)]
 Path = Annotated[str, msgspec.Meta(max_length=MAX_PATH)]
@@ -181,6 +182,12 @@ class Save(msgspec.Struct, frozen=True, tag="save"):
     name: Text | None = None
 
 
+class Log(msgspec.Struct, frozen=True, tag="log"):
+    """Tell the client a line when it is reached: texts and values, with spaces between them."""
+
+    items: Annotated[list[Ref | Text], msgspec.Meta(max_length=MAX_LOGGED)]
+
+
 class Backward(msgspec.Struct, frozen=True, tag="backward"):
     """Differentiate a value, after the forward.
 
@@ -228,6 +235,7 @@ Node = (
     | Held
     | Keep
     | Save
+    | Log
     | Backward
     | ReadGradient
     | WriteGradient
@@ -373,6 +381,9 @@ def references(node: Node) -> list[int]:
     match node:
         case WriteHook(value=value) | Keep(value=value) | Save(value=value):
             visit(value)
+        case Log(items=items):
+            for item in items:
+                visit(item)
         case Backward(loss=loss, gradient=gradient):
             visit(loss)
             visit(gradient)

@@ -173,17 +173,26 @@ class Generated(msgspec.Struct, frozen=True, tag="generated"):
     texts: list[str]
 
 
+class Logged(msgspec.Struct, frozen=True, tag="logged"):
+    """A line that node number `node` has written at a step, while the request runs."""
+
+    id: str
+    node: int
+    step: int
+    text: str
+
+
 class Completion(msgspec.Struct, frozen=True):
     """What was generated after one prompt; `ids` ends with the end-of-sequence token, if any.
 
     `text` is the text of `ids` without special tokens; a text of `stop` that ended it, and what
-    follows, is cut off.
+    follows, is cut off. Of a request that failed it has what was generated before.
     """
 
     ids: list[int]
     tokens: list[str]
     text: str
-    finish: Literal["length", "eos", "stop"]
+    finish: Literal["length", "eos", "stop", "failed"]
 
 
 class PromptTokens(msgspec.Struct, frozen=True):
@@ -247,13 +256,14 @@ class Done(msgspec.Struct, frozen=True, tag="done", kw_only=True):
 
 
 class Failed(msgspec.Struct, frozen=True, tag="failed"):
-    """The request ended without a result."""
+    """The request ended early; `partial` has what it had saved until then, if anything."""
 
     id: str
     fault: Fault
+    partial: Done | None = None
 
 
-Event = Queued | Running | Generated | Done | Failed
+Event = Queued | Running | Generated | Logged | Done | Failed
 
 
 class RowsAtDepth(msgspec.Struct, frozen=True):

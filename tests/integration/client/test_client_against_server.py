@@ -360,6 +360,87 @@ async def test_a_shape_error_is_raised_at_the_users_line(session: Session, model
     assert refused.value.fault.source.file == __file__
 
 
+async def test_lines_are_told_in_order_while_it_runs(
+    session: Session, reference: Reference
+) -> None:
+    model = session.model
+    lines: list[str] = []
+    async with session.trace(PROMPT) as trace:
+        trace.log("begins", to=lines.append)
+        norm = model.model.layers[0].output.norm()
+        trace.log("norm", norm, 2, to=lines.append)
+        with trace.when(norm < 0):
+            trace.log("never", to=lines.append)
+        trace.log(model.lm_head.output[0, -1, :2], to=lines.append)
+
+    wanted = reference.output(PROMPT, "model.layers.0").norm()
+    assert lines[:2] == ["begins", f"norm {wanted:.6g} 2"]
+    assert lines[2].startswith("tensor([")
+    assert len(lines) == 3
+
+
+async def test_lines_of_a_generation_come_before_it_has_ended(session: Session) -> None:
+    told: list[tuple[str, bool]] = []
+    made: list[int] = []
+    generation = session.generate(PROMPT, max_new_tokens=5)
+    with generation, generation.all():
+        top = session.model.lm_head.output[0, -1].argmax()
+        generation.log("chose", top, to=lambda line: told.append((line, len(made) < 5)))
+    async for token in generation:
+        made.append(token.id)
+
+    assert [line for line, _ in told] == [f"chose {token}" for token in made]
+    assert all(early for _, early in told)
+
+
+async def test_what_cannot_be_logged_is_refused_and_the_rest_is_printed(
+    session: Session, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with session.trace(PROMPT) as trace:
+        for items, words in (((), "1 to 64"), (([1, 2],), "texts and values")):
+            with pytest.raises(errors.GraphError, match=words):
+                trace.log(*items)
+        trace.log("printed")
+    await trace
+    assert capsys.readouterr().out == "printed\n"
+
+
+async def test_what_was_saved_before_a_failure_comes_back(
+    session: Session, reference: Reference
+) -> None:
+    model = session.model
+    trace = session.trace(PROMPT)
+    with pytest.raises(errors.ExecutionError) as failed:
+        async with trace:
+            logits = model.lm_head.output.save()
+            trace.last = logits[:, -1]
+            lost = ops.embedding(logits.argmax(-1) + 1000, model.model.embed_tokens.weight).save()
+
+    wanted = reference.logits(PROMPT)
+    assert _close(logits.value, wanted)
+    result = failed.value.result
+    assert result is not None
+    assert _close(result.last, wanted[:, -1])
+    assert result.prompts[0][0].ids == reference.tokenizer(PROMPT).input_ids
+    with pytest.raises(errors.NoValueError, match=r"has failed before(?s:.)*argmax"):
+        _ = lost.value
+
+
+async def test_a_generation_that_fails_gives_back_its_earlier_steps(session: Session) -> None:
+    model = session.model
+    with pytest.raises(errors.ExecutionError) as failed:
+        async with session.generate(PROMPT, max_new_tokens=6) as trace:
+            with trace.all():
+                stream = model.model.norm.output[:, -1].save()
+            with trace.steps[3]:
+                ids = model.lm_head.output.argmax(-1) + 1000
+                ops.embedding(ids, model.model.embed_tokens.weight).save()
+
+    assert len(stream.value) in (3, 4)
+    assert failed.value.result is not None
+    assert len(failed.value.result.new_ids) == 3
+
+
 async def test_a_fault_that_shows_only_while_it_runs_names_the_line_and_spares_the_others(
     session: Session, reference: Reference
 ) -> None:

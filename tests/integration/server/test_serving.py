@@ -81,7 +81,7 @@ async def test_requests_of_one_submission_share_a_forward(client: Wire) -> None:
 
 
 async def test_users_whose_requests_wait_together_share_a_forward(client: Wire) -> None:
-    nodes, buffers = slow(10)
+    nodes, buffers = slow(40)
     first = asyncio.create_task(client.run(trace(MODEL, nodes), buffers=buffers))
     await asyncio.sleep(0.3)  # the first forward has begun
     requests = [trace(MODEL, save_layer(0), "shared") for _ in range(3)]

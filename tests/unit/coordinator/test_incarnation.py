@@ -100,7 +100,7 @@ async def test_every_shard_gets_a_pass_and_answers_come_in_the_order_of_ranks(
 ) -> None:
     async with joined(tmp_path) as (incarnation, shards):
         constant = memoryview(b"constant")
-        running = asyncio.create_task(incarnation.run_pass(PASS, [constant], timeout_s=5))
+        running = asyncio.create_task(incarnation.run_pass(PASS, [constant], timeout_s=5, log=list))
         for shard in shards:
             received = await shard.receive()
             assert received.message == PASS
@@ -116,7 +116,7 @@ async def test_every_shard_gets_a_pass_and_answers_come_in_the_order_of_ranks(
 
 async def test_a_shard_that_goes_away_ends_the_pass_at_once(tmp_path: Path) -> None:
     async with joined(tmp_path) as (incarnation, shards):
-        running = asyncio.create_task(incarnation.run_pass(PASS, [], timeout_s=60))
+        running = asyncio.create_task(incarnation.run_pass(PASS, [], timeout_s=60, log=list))
         await shards[0].receive()
         await shards[1].close()
 
@@ -125,13 +125,13 @@ async def test_a_shard_that_goes_away_ends_the_pass_at_once(tmp_path: Path) -> N
 
         assert "shard 1" in await incarnation.lost
         with pytest.raises(ReplicaLost, match="shard 1 is gone"):
-            await incarnation.run_pass(PASS, [], timeout_s=60)
+            await incarnation.run_pass(PASS, [], timeout_s=60, log=list)
 
 
 async def test_a_pass_that_takes_too_long_loses_the_incarnation(tmp_path: Path) -> None:
     async with joined(tmp_path) as (incarnation, _):
         with pytest.raises(ReplicaLost, match="forward 3 took longer than 0 s"):
-            await incarnation.run_pass(PASS, [], timeout_s=0.05)
+            await incarnation.run_pass(PASS, [], timeout_s=0.05, log=list)
 
 
 async def test_a_shard_that_reports_a_failure_is_quoted(tmp_path: Path) -> None:
