@@ -12,7 +12,7 @@ import pytest
 import torch
 from msgspec.structs import replace
 
-from ndif_actor.engine.engine import Engine
+from ndif_actor.engine.engine import Engine, Tell
 from ndif_actor.messages import Group, GroupResult, Layout, RunPass
 from ndif_client.wire.graph import (
     PREFILL,
@@ -27,6 +27,7 @@ from ndif_client.wire.graph import (
     Graph,
     HookPoint,
     Items,
+    Log,
     Node,
     Parameter,
     Port,
@@ -170,6 +171,9 @@ class Recorder:
     def save(self, value: Ref, name: str | None = None) -> Ref:
         return self.add(Save(value, name))
 
+    def log(self, *items: Ref | str) -> Ref:
+        return self.add(Log(list(items)))
+
     def graph(self) -> Graph:
         """Return the graph; node n was written in line n + 1 of "experiment.py"."""
         lines = range(len(self.nodes))
@@ -304,7 +308,10 @@ def allocate(nbytes: int) -> memoryview:
 
 
 def run(
-    engine: Engine, requests: Sequence[Request], layout: Layout = "packed"
+    engine: Engine,
+    requests: Sequence[Request],
+    layout: Layout = "packed",
+    tell: Tell = lambda line: None,
 ) -> tuple[list[GroupResult], list[memoryview]]:
     """Run one pass; return its results in the order of the requests, and their buffers."""
     groups, buffers = [], []
@@ -312,7 +319,7 @@ def run(
         groups.append(request.group(number, len(buffers)))
         buffers += [memoryview(raw) for raw in request.recorder.buffers]
     message = RunPass(sequence=1, layout=layout, groups=groups)
-    results, out = engine.run_pass(message, buffers, allocate)
+    results, out = engine.run_pass(message, buffers, allocate, tell)
     by_name = {result.request: result for result in results}
     return [by_name[group.request] for group in groups if group.request in by_name], out
 

@@ -104,6 +104,10 @@ def argument(op: Op, name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> 
     return args[position] if position < len(args) else kwargs.get(name)
 
 
+#: Those whose indices are classes, one of which may be ignored.
+_CLASSES = frozenset(("cross_entropy", "nll_loss"))
+
+
 # ---------------------------------------------------------------- checks before a kernel starts
 
 
@@ -114,7 +118,7 @@ def check_bounds(op: Op, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
     if op.name in ("getitem", "setitem"):
         _check_subscripts(argument(op, "input", args, kwargs), index)
     elif isinstance(index, torch.Tensor):
-        if op.name == "cross_entropy":
+        if op.name in _CLASSES:
             index = index.where(index != kwargs.get("ignore_index", -100), 0)
         check_range(index, *_limits(op, args, kwargs), op.name)
 
@@ -128,7 +132,7 @@ def _limits(op: Op, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[int, i
             raise ValueError("one_hot needs num_classes, a number above 0")
         return 0, classes
     source = argument(op, "input", args, kwargs)
-    if op.name == "cross_entropy":
+    if op.name in _CLASSES:
         return 0, source.shape[-1 if source.dim() == 1 else 1]
     dim = argument(op, "dim", args, kwargs)
     if dim is None:

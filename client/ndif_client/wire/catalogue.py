@@ -82,7 +82,7 @@ def _ops() -> list[Op]:
     unary("floor ceil trunc frac sign", differentiable=False)
     unary("isnan isinf isfinite logical_not bitwise_not", differentiable=False)
     unary("silu softplus logsigmoid mish relu6 hardswish", home="functional")
-    binary("mul floor_divide remainder maximum minimum atan2 logaddexp hypot xlogy")
+    binary("mul fmod copysign floor_divide remainder maximum minimum atan2 logaddexp hypot xlogy")
     binary("eq ne lt le gt ge logical_and logical_or logical_xor", differentiable=False)
     binary("bitwise_and bitwise_or bitwise_xor isclose", differentiable=False)
     op("pow", "input exponent", "Each element to the power of `exponent`.")
@@ -97,6 +97,8 @@ def _ops() -> list[Op]:
     op("round", "input * decimals", "Each element rounded.", differentiable=False)
     op("nan_to_num", "input nan posinf neginf", "NaN and infinities replaced by numbers.")
     op("gelu", "input * approximate", "Gaussian error linear unit.", home="functional")
+    op("glu", "input dim", "First half times the sigmoid of the second half, along `dim`.",
+       home="functional")  # fmt: skip
     op("leaky_relu", "input negative_slope", "Leaky ReLU.", home="functional")
     op("elu", "input alpha", "Exponential linear unit.", home="functional")
     op("softmax", "input dim dtype", "Softmax along `dim`.", cost="reduction")
@@ -129,6 +131,15 @@ def _ops() -> list[Op]:
        fields=("values", "indices"), cost="sort")  # fmt: skip
     op("cumsum", "input dim", "Running sum along `dim`.", cost="reduction")
     op("cumprod", "input dim", "Running product along `dim`.", cost="reduction")
+    op("logcumsumexp", "input dim", "Logarithm of the running sum of exponentials along `dim`.",
+       cost="reduction")  # fmt: skip
+    op("cummax", "input dim", "Running maximum along `dim`.", fields=("values", "indices"),
+       cost="reduction")  # fmt: skip
+    op("cummin", "input dim", "Running minimum along `dim`.", fields=("values", "indices"),
+       cost="reduction")  # fmt: skip
+    op("diff", "input n dim", "Differences of neighbours along `dim`, `n` times.")
+    op("kthvalue", "input k dim keepdim", "The `k`-th smallest along `dim`.",
+       fields=("values", "indices"), cost="sort")  # fmt: skip
     op("topk", "input k dim largest sorted", "The `k` largest along `dim`.",
        fields=("values", "indices"), cost="sort")  # fmt: skip
     op("sort", "input dim descending stable", "Sort along `dim`.", home="special",
@@ -151,6 +162,34 @@ def _ops() -> list[Op]:
        cost="matmul")  # fmt: skip
     op("qr", "A mode", "QR decomposition; the columns of Q are orthonormal.", home="linalg",
        method=False, fields=("Q", "R"), cost="matmul")  # fmt: skip
+    op("svd", "A full_matrices", "Singular value decomposition: `A = U @ diag(S) @ Vh`.",
+       home="linalg", method=False, fields=("U", "S", "Vh"), cost="matmul")  # fmt: skip
+    op("svdvals", "A", "Singular values, in descending order.", home="linalg", method=False,
+       cost="matmul")  # fmt: skip
+    op("eigh", "input UPLO", "Eigenvalues, ascending, and eigenvectors of a symmetric matrix.",
+       home="linalg", method=False, fields=("eigenvalues", "eigenvectors"),
+       cost="matmul")  # fmt: skip
+    op("eigvalsh", "input UPLO", "Eigenvalues of a symmetric matrix, ascending.", home="linalg",
+       method=False, cost="matmul")  # fmt: skip
+    op("cholesky", "input", "Lower triangular factor of a positive definite matrix.", home="linalg",
+       method=False, cost="matmul")  # fmt: skip
+    op("solve", "A B", "`X` such that `A @ X = B`.", home="linalg", method=False,
+       cost="matmul")  # fmt: skip
+    op("inv", "A", "Inverse of a matrix.", home="linalg", method=False, cost="matmul")
+    op("pinv", "input", "Pseudoinverse (Moore-Penrose) of a matrix.", home="linalg", method=False,
+       cost="matmul")  # fmt: skip
+    op("det", "A", "Determinant.", home="linalg", method=False, cost="matmul")
+    op("slogdet", "A", "Sign and logarithm of the determinant.", home="linalg", method=False,
+       fields=("sign", "logabsdet"), cost="matmul")  # fmt: skip
+    op("matrix_power", "input n", "A matrix multiplied with itself `n` times.", home="linalg",
+       method=False, cost="matmul")  # fmt: skip
+    op("addmm", "input mat1 mat2 * beta alpha", "`beta * input + alpha * mat1 @ mat2`.",
+       cost="matmul")  # fmt: skip
+    op("baddbmm", "input batch1 batch2 * beta alpha", "`addmm` of batches of matrices.",
+       cost="matmul")  # fmt: skip
+    op("kron", "input other", "Kronecker product.")
+    op("cross", "input other dim", "Cross product of vectors of length 3.")
+    op("trace", "input", "Sum of the diagonal of a matrix.", cost="reduction")
     op("cdist", "x1 x2 p", "Distances between two sets of vectors.", method=False, cost="matmul")
     op("cosine_similarity", "x1 x2 dim eps", "Cosine of the angle along `dim`.", method=False,
        cost="reduction")  # fmt: skip
@@ -162,8 +201,22 @@ def _ops() -> list[Op]:
        cost="reduction", bounded_index=1)  # fmt: skip
     op("kl_div", "input target * reduction log_target", "Kullback-Leibler divergence.",
        home="functional", method=False, cost="reduction")  # fmt: skip
+    op("nll_loss", "input target * ignore_index reduction",
+       "Negative log likelihood of log probabilities and class indices.", home="functional",
+       method=False, cost="reduction", bounded_index=1)  # fmt: skip
     op("mse_loss", "input target * reduction", "Mean squared error.", home="functional",
        method=False, cost="reduction")  # fmt: skip
+    op("l1_loss", "input target * reduction", "Mean absolute error.", home="functional",
+       method=False, cost="reduction")  # fmt: skip
+    op("smooth_l1_loss", "input target * reduction beta", "Squared below `beta`, absolute above.",
+       home="functional", method=False, cost="reduction")  # fmt: skip
+    op("huber_loss", "input target * reduction delta", "Huber loss.", home="functional",
+       method=False, cost="reduction")  # fmt: skip
+    op("binary_cross_entropy_with_logits", "input target * weight reduction pos_weight",
+       "Binary cross entropy of logits and targets in [0, 1].", home="functional", method=False,
+       cost="reduction")  # fmt: skip
+    op("pairwise_distance", "x1 x2 p eps keepdim", "Distances between the rows of two values.",
+       home="functional", method=False, cost="reduction")  # fmt: skip
 
     op("getitem", "input index", "Indexing: `input[index]`.", home="special", method=False,
        cost="free", bounded_index=1)  # fmt: skip
@@ -213,6 +266,9 @@ def _ops() -> list[Op]:
     op("unbind", "input dim", "A tuple of slices along `dim`.", cost="free")
     op("cat", "tensors dim", "Tensors joined along `dim`.", method=False)
     op("stack", "tensors dim", "Tensors joined along a new dimension.", method=False)
+    op("tile", "input dims", "Repeated along the last dimensions.")
+    op("isin", "elements test_elements", "Which elements are among others.", method=False,
+       differentiable=False)  # fmt: skip
     op("flip", "input dims", "Reversed along `dims`.")
     op("roll", "input shifts dims", "Rolled along `dims`.")
     op("repeat_interleave", "input repeats dim", "Each slice repeated `repeats` times (a number).")

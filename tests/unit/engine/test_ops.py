@@ -19,6 +19,7 @@ X = torch.rand(3, 4, generator=generator) + 0.1
 Y = torch.rand(3, 4, generator=generator) + 0.1
 SQUARE = torch.rand(4, 4, generator=generator)
 CUBE = torch.rand(2, 3, 4, generator=generator)
+SYMMETRIC = SQUARE @ SQUARE.mT + torch.eye(4)
 VECTOR = torch.rand(4, generator=generator)
 MASK = X > 0.5
 COUNTS = torch.arange(12).reshape(3, 4)
@@ -44,6 +45,16 @@ EXAMPLES: dict[str, tuple[Any, ...]] = {
     "bmm": (CUBE, CUBE.mT.contiguous()), "mv": (X, VECTOR), "dot": (VECTOR, VECTOR),
     "outer": (VECTOR, VECTOR), "einsum": ("bij,kj->bik", (CUBE, SQUARE)),
     "linear": (X, SQUARE, VECTOR), "matrix_exp": (SQUARE,), "qr": (X.mT.contiguous(), "reduced"),
+    "svd": (X, False), "svdvals": (X,), "eigh": (SYMMETRIC, "L"), "eigvalsh": (SYMMETRIC, "L"),
+    "cholesky": (SYMMETRIC,), "solve": (SYMMETRIC, X.mT.contiguous()), "inv": (SYMMETRIC,),
+    "pinv": (X,), "det": (SQUARE,), "slogdet": (SQUARE,), "matrix_power": (SQUARE, 3),
+    "addmm": (X, X, SQUARE), "baddbmm": (CUBE, CUBE, SQUARE.expand(2, 4, 4)),
+    "cross": (X[:, :3], Y[:, :3], -1), "trace": (SQUARE,),
+    "nll_loss": (X.log(), torch.tensor([1, 3, -100])), "l1_loss": (X, Y),
+    "smooth_l1_loss": (X, Y), "huber_loss": (X, Y), "binary_cross_entropy_with_logits": (X, Y),
+    "pairwise_distance": (X, Y, 2.0, 1e-6, True), "logcumsumexp": (X, -1), "cummax": (X, -1),
+    "cummin": (X, -1), "diff": (X, 1, -1), "kthvalue": (X, 2, -1, True), "glu": (X, -1),
+    "tile": (X, (2, 1)), "isin": (COUNTS, PICKED),
     "cdist": (X, SQUARE, 2.0), "cosine_similarity": (X, Y, -1, 1e-8),
     "vector_norm": (X, 2, -1, True), "cross_entropy": (X, torch.tensor([1, 3, -100])),
     "kl_div": (X.log(), Y), "mse_loss": (X, Y), "getitem": (CUBE, (slice(None), -1, ...)),
@@ -74,6 +85,12 @@ KEYWORDS: dict[str, dict[str, Any]] = {
     "mean": {"dtype": torch.float64}, "prod": {"dtype": torch.float64},
     "std": {"correction": 0, "keepdim": True}, "var": {"correction": 0, "keepdim": True},
     "cross_entropy": {"ignore_index": -100, "reduction": "sum", "label_smoothing": 0.1},
+    "addmm": {"beta": 0.5, "alpha": 2.0}, "baddbmm": {"beta": 0.5, "alpha": 2.0},
+    "nll_loss": {"ignore_index": -100, "reduction": "sum"},
+    "l1_loss": {"reduction": "sum"}, "smooth_l1_loss": {"reduction": "sum", "beta": 0.5},
+    "huber_loss": {"reduction": "sum", "delta": 0.5},
+    "binary_cross_entropy_with_logits":
+        {"weight": None, "reduction": "sum", "pos_weight": VECTOR},
     "kl_div": {"reduction": "batchmean", "log_target": False}, "mse_loss": {"reduction": "sum"},
     "zeros": {"dtype": torch.int64}, "ones": {"dtype": torch.int64},
     "full": {"dtype": torch.float64}, "arange": {"dtype": torch.float32},
@@ -100,6 +117,8 @@ def example(op: Op) -> tuple[Any, ...]:
 def to_meta(value: Any) -> Any:
     if isinstance(value, tuple):
         return tuple(map(to_meta, value))
+    if isinstance(value, dict):
+        return {name: to_meta(item) for name, item in value.items()}
     return value.to("meta") if isinstance(value, torch.Tensor) else value
 
 
