@@ -152,7 +152,8 @@ class Blueprint:
         """Return about how many bytes a token keeps until the backward, if there is one.
 
         What modules are given and return, between the first value whose gradient is asked for and
-        the last hook point; operations inside of them keep about as much again.
+        the last hook point; operations inside of them keep about as much again, many of them being
+        views of the same memory.
         """
         plan = program.at(0)
         if not plan.backwards:
@@ -161,8 +162,10 @@ class Blueprint:
         first = min((order_of[number] for number in plan.watched), default=plan.last)
         return sum(
             2 * site.token_bytes
-            for site in self.table.sites.values()
-            if first <= site.order <= plan.last and site.dtype.is_floating_point
+            for point, site in self.table.sites.items()
+            if first <= site.order <= plan.last
+            and site.dtype.is_floating_point
+            and not point.operation
         )
 
     def explain(self, request: str, group: Group, price: Price) -> Explanation:
