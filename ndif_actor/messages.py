@@ -167,13 +167,15 @@ class SwapIn(msgspec.Struct, frozen=True, tag="swap_in"):
 class GroupResult(msgspec.Struct, frozen=True, kw_only=True):
     """What one group made in a pass, or why it failed; bytes are buffers of the same frame.
 
-    `tokens` has an entry for each sequence of a generation: the sampled token, or None.
+    `tokens` has an entry for each sequence of a generation: the sampled token, or None; if
+    `has_ended`, its graph wants them to be the last.
     """
 
     request: str
     tensors: list[SavedTensor] = []
     tuples: list[SavedTuple] = []
     tokens: list[int | None] = []
+    has_ended: bool = False
     fault: Fault | None = None
 
 

@@ -166,6 +166,10 @@ class BlockingGeneration(_Blocking[Generation]):
         """Return a block whose code is about step 0, as code outside of all such blocks is."""
         return self._trace.prefill()
 
+    def stop_when(self, condition: Any) -> None:
+        """End the generation with a step where a value is not 0; see `ndif_client.Generation`."""
+        self._trace.stop_when(condition)
+
     def __iter__(self) -> Iterator[Token]:
         stream = TokenStream(self._trace)
         while (token := self._runner.wait(_next(stream))) is not None:

@@ -73,6 +73,15 @@ def branch(condition: Any, recorder: Recorder) -> Branch:
     return Branch(recorder, _condition(condition, recorder))
 
 
+def end_generation(condition: Any, recorder: Recorder) -> None:
+    """Record that the generation ends with a step where a value is not 0.
+
+    Raises:
+        GraphError: the condition is known now already.
+    """
+    recorder.end_when(_condition(condition, recorder))
+
+
 def choose(condition: Any, then: Any, otherwise: Any, recorder: Recorder) -> Proxy:
     """Record a choice between two values of equal shape and dtype."""
     node = Choose(

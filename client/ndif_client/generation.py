@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 from contextlib import AbstractContextManager
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ndif_client.decoding import DecodingOptions, as_decoding
 from ndif_client.errors import ClosedTraceError, graph_error
@@ -105,6 +105,21 @@ class Generation(Trace):
     def prefill(self) -> AbstractContextManager[None]:
         """Return a block whose code is about step 0, as code outside of all such blocks is."""
         return self._during(PREFILL_BLOCK)
+
+    def stop_when(self, condition: Any) -> None:
+        """End the generation with a step where a value is not 0: `gen.stop_when(p < 0.5)`.
+
+        The token of that step is the last, of each sequence, and `finish` is then "condition".
+
+        Args:
+            condition: a value of one element, read in the block of the steps it is about.
+
+        Raises:
+            GraphError: the condition is no value of the generation.
+        """
+        from ndif_client.branches import end_generation
+
+        end_generation(condition, self._recorder)
 
     def _during(self, block: Block) -> AbstractContextManager[None]:
         return self._recorder.during(block)

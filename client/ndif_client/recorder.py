@@ -39,6 +39,7 @@ from ndif_client.wire.graph import (
     Choose,
     Condition,
     Constant,
+    EndGeneration,
     Graph,
     Held,
     HookPoint,
@@ -154,6 +155,7 @@ class Recorder:
         self._parameters: dict[str, int] = {}
         self._held: dict[str, int] = {}
         self._keeps: dict[str, int] = {}
+        self._ends = False
         self._saves: dict[int, int] = {}
         self._last_writes: dict[tuple[HookPoint, int], dict[Steps, int]] = {}
         self._reads: dict[tuple[HookPoint, int, int | None], int] = {}
@@ -480,8 +482,8 @@ class Recorder:
 
     @property
     def has_effects(self) -> bool:
-        """Whether any hook point is written, a value kept, or a line logged."""
-        return bool(self._last_writes) or bool(self._keeps) or bool(self.logs)
+        """Whether a hook point is written, a value kept, a line logged, or the generation ended."""
+        return bool(self._last_writes or self._keeps or self.logs or self._ends)
 
     def constant(self, value: Any) -> Ref:
         """Record a copy of an array or tensor; equal ones are sent once.
@@ -565,6 +567,11 @@ class Recorder:
         if node not in self._saves:
             self._saves[node] = self.add(Save(Ref(node)), block=self._blocks[node])
         return self._saves[node]
+
+    def end_when(self, condition: int) -> None:
+        """Record that the generation ends with a step where a value is not 0."""
+        self.add(EndGeneration(Ref(condition)))
+        self._ends = True
 
     def log(self, items: list[Ref | str], to: Callable[[str], object]) -> None:
         """Record that a line is to be told when it is reached."""

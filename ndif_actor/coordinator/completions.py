@@ -7,7 +7,7 @@ from typing import Literal, Protocol
 
 from ndif_client.wire.messages import Completion
 
-Finish = Literal["length", "eos", "stop"]
+Finish = Literal["length", "eos", "stop", "condition"]
 
 
 class TextStream(Protocol):
@@ -57,8 +57,13 @@ class GrowingCompletion:
         #: text that may be the beginning of a stop text
         self._held = ""
 
-    def add(self, token: int) -> str:
-        """Take the next token in; return what the text has certainly grown by."""
+    def add(self, token: int, *, is_last: bool = False) -> str:
+        """Take the next token in; return what the text has certainly grown by.
+
+        Args:
+            token: its id.
+            is_last: a condition of the request ends the sequence with it.
+        """
         assert self.finish is None, "a sequence that has ended gets no more tokens"
         self.ids.append(token)
         text = self._held + self._stream.add(token)
@@ -66,6 +71,8 @@ class GrowingCompletion:
             self.finish = "eos"
         elif len(self.ids) >= self._max_new_tokens:
             self.finish = "length"
+        elif is_last:
+            self.finish = "condition"
         if self.finish is not None:
             text += self._stream.end()
         place = min((p for p in (text.find(stop) for stop in self._stop) if p >= 0), default=-1)

@@ -191,7 +191,7 @@ def _advance(job: Job, report: PassReport, now: float) -> Progress:
     for number, (completion, token) in enumerate(zip(completions, found[0].tokens, strict=True)):
         if token is not None and completion.finish is None:
             sequences.append(number)
-            texts.append(completion.add(token))
+            texts.append(completion.add(token, is_last=found[0].has_ended))
     generated = None
     if sequences:
         if job.statistics.first_token_s is None:

@@ -22,7 +22,7 @@ from ndif_actor.engine.program import Program, compile_graph
 from ndif_actor.engine.shapes import Price
 from ndif_actor.errors import ModelError
 from ndif_actor.messages import Group
-from ndif_client.wire.graph import Backward, Constant, Graph, HookPoint
+from ndif_client.wire.graph import Backward, Constant, EndGeneration, Graph, HookPoint
 from ndif_client.wire.messages import Explanation, HeldSpec, ModelTree
 from ndif_client.wire.tensors import check_buffer
 
@@ -36,6 +36,12 @@ def _refuse_backward(graph: Graph) -> None:
                 "a generation has no gradients, because its steps share a KV cache; trace its "
                 "tokens as a prompt and differentiate there",
             )
+
+
+def _refuse_end(graph: Graph) -> None:
+    for number, node in enumerate(graph.nodes):
+        if isinstance(node, EndGeneration):
+            raise graph_fault(graph, number, "only a generation can be ended; a trace has one step")
 
 
 class Blueprint:
@@ -142,6 +148,8 @@ class Blueprint:
         num_steps = max(1, max_new_tokens)
         if max_new_tokens:
             _refuse_backward(graph)
+        else:
+            _refuse_end(graph)
         program = self.compile(graph, len(lengths), num_steps)
         values = shapes.infer(program, self.model, lengths, num_steps, held)
         price = shapes.price(program, values, lengths, num_steps)

@@ -10,6 +10,7 @@ from ndif_client.wire.graph import (
     PREFILL,
     Backward,
     CallModule,
+    EndGeneration,
     Graph,
     HookPoint,
     Keep,
@@ -43,7 +44,7 @@ def check_references(graph: Graph, uses: Sequence[Sequence[int]], num_invokes: i
     Raises:
         RequestError: one does not.
     """
-    writes = (WriteHook, Keep, Save, Log, Backward, WriteGradient)
+    writes = (WriteHook, Keep, Save, Log, EndGeneration, Backward, WriteGradient)
     for number, node in enumerate(graph.nodes):
         for used in uses[number]:
             if used >= number:

@@ -13,6 +13,7 @@ from ndif_client.wire.graph import (
     Backward,
     Choose,
     Condition,
+    EndGeneration,
     Graph,
     Keep,
     ReadGradient,
@@ -46,11 +47,11 @@ class Conditions:
             raise _malformed("there is not one condition, or none, for each node")
         if any(under >= len(self._chains) for under in graph.under):
             raise _malformed("a node runs under a condition that is not there")
-        choices = (node for node in graph.nodes if isinstance(node, Choose))
+        deciders = (node for node in graph.nodes if isinstance(node, Choose | EndGeneration))
         self.deciding = frozenset(
             (
                 *(condition.value for condition in graph.conditions),
-                *(choice.condition.node for choice in choices),
+                *(decider.condition.node for decider in deciders),
             )
         )
         chains = ((number, self.of(number)) for number in range(len(graph.nodes)))

@@ -360,6 +360,7 @@ class Engine:
             tensors=kept.tensors,
             tuples=kept.tuples,
             tokens=[] if fault is not None else made,
+            has_ended=member.execution.has_ended,
             fault=fault,
         )
 

@@ -23,6 +23,7 @@ from ndif_client.wire.graph import (
     CallModule,
     Choose,
     Constant,
+    EndGeneration,
     Held,
     Keep,
     Log,
@@ -72,6 +73,10 @@ class Execution:
         buffers: the bytes of the program's constants, valid during the first pass.
         holdings: the held values that it uses and keeps.
         infer: gives the meta value of each node at a step; asked only after a failure.
+
+    Attributes:
+        fault: why it has failed, if it has.
+        has_ended: whether it has asked for its generation to end.
     """
 
     def __init__(
@@ -85,6 +90,7 @@ class Execution:
         self.program = program
         self.holdings = holdings
         self.fault: Fault | None = None
+        self.has_ended = False
         self.step = 0
         self.plan = program.at(0)
         self.pause_hooks: Callable[[], AbstractContextManager[None]] = nullcontext
@@ -217,6 +223,9 @@ class Execution:
                 return None
             case Save(value=Ref(node=saved)):
                 self._save(node, number, _detached(self._values[saved]))
+                return None
+            case EndGeneration(condition=condition):
+                self.has_ended |= self._decisions[condition.node]
                 return None
             case Log(items=items):
                 self._write_line(number, items)

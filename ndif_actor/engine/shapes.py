@@ -25,6 +25,7 @@ from ndif_client.wire.graph import (
     CallModule,
     Choose,
     Constant,
+    EndGeneration,
     Held,
     Keep,
     Log,
@@ -220,6 +221,8 @@ def _infer(
             if not isinstance(values[value.node], torch.Tensor | tuple):
                 what = "saved" if isinstance(node, Save) else "kept"
                 raise TypeError(f"only tensors can be {what}")
+            return None
+        case EndGeneration():
             return None
         case Log(items=items):
             shown = [values[item.node] for item in items if isinstance(item, Ref)]

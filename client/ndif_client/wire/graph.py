@@ -188,6 +188,12 @@ class Log(msgspec.Struct, frozen=True, tag="log"):
     items: Annotated[list[Ref | Text], msgspec.Meta(max_length=MAX_LOGGED)]
 
 
+class EndGeneration(msgspec.Struct, frozen=True, tag="end_generation"):
+    """End a generation with the token of this step, if a condition holds."""
+
+    condition: Ref
+
+
 class Backward(msgspec.Struct, frozen=True, tag="backward"):
     """Differentiate a value, after the forward.
 
@@ -236,6 +242,7 @@ Node = (
     | Keep
     | Save
     | Log
+    | EndGeneration
     | Backward
     | ReadGradient
     | WriteGradient
@@ -384,6 +391,8 @@ def references(node: Node) -> list[int]:
         case Log(items=items):
             for item in items:
                 visit(item)
+        case EndGeneration(condition=condition):
+            visit(condition)
         case Backward(loss=loss, gradient=gradient):
             visit(loss)
             visit(gradient)

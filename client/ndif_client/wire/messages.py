@@ -186,13 +186,14 @@ class Completion(msgspec.Struct, frozen=True):
     """What was generated after one prompt; `ids` ends with the end-of-sequence token, if any.
 
     `text` is the text of `ids` without special tokens; a text of `stop` that ended it, and what
-    follows, is cut off. Of a request that failed it has what was generated before.
+    follows, is cut off. Of a request that failed it has what was generated before. `finish` is
+    "condition" where the request's own graph has ended it.
     """
 
     ids: list[int]
     tokens: list[str]
     text: str
-    finish: Literal["length", "eos", "stop", "failed"]
+    finish: Literal["length", "eos", "stop", "condition", "failed"]
 
 
 class PromptTokens(msgspec.Struct, frozen=True):

@@ -149,6 +149,33 @@ def test_a_generation_steers_only_where_a_condition_holds(session: Any) -> None:
     assert 0 < len(gen.result.large) < 4
 
 
+def test_a_generation_ends_with_the_step_whose_condition_holds(session: Any) -> None:
+    other = [3, 4, 5]
+    with session.generate([PROMPT, other], max_new_tokens=8) as plain, plain.all():
+        plain.norms = session.model.model.layers[1].output[0, -1].norm()
+    norms = [float(value) for value in plain.result.norms]
+    enough = norms[3] * (1 - 1e-9)
+    last = next(step for step, norm in enumerate(norms) if step > 0 and norm > enough)
+    with session.generate([PROMPT, other], max_new_tokens=8, seed=1) as gen, gen.steps[1:]:
+        norm = session.model.model.layers[1].output[0, -1].norm()
+        gen.stop_when(norm > enough)
+        gen.norms = norm
+
+    for ended, whole in zip(gen.result.completions[0], plain.result.completions[0], strict=True):
+        assert ended.ids == whole.ids[: last + 1]
+        assert ended.finish == "condition"
+    assert list(map(float, gen.result.norms)) == norms[1 : last + 1]
+
+
+def test_a_generation_that_only_may_end_early_saves_nothing_and_runs(session: Any) -> None:
+    with session.generate(PROMPT, max_new_tokens=5) as gen, gen.all():
+        gen.stop_when(session.model.model.layers[0].output.norm() < 0)
+    assert gen.result.completion.finish == "length"
+    with session.generate(PROMPT, max_new_tokens=5) as gen:
+        gen.stop_when(session.model.model.layers[0].output.norm() > 0)
+    assert len(gen.result.new_ids) == 1
+
+
 def test_mistakes_with_conditions_name_their_lines(session: Any) -> None:
     model = session.model
     with pytest.raises(errors.GraphError, match="outside of it"), session.trace(PROMPT) as trace:
@@ -166,3 +193,14 @@ def test_mistakes_with_conditions_name_their_lines(session: Any) -> None:
         trace.when(model.model.layers[1].output > 1),
     ):
         model.lm_head.output.save()
+    with (
+        pytest.raises(errors.GraphError, match="one number"),
+        session.generate(PROMPT, max_new_tokens=3) as gen,
+        gen.all(),
+    ):
+        gen.stop_when(model.model.layers[1].output > 1)
+    with (
+        pytest.raises(errors.GraphError, match="Python's own"),
+        session.generate(PROMPT, max_new_tokens=3) as gen,
+    ):
+        gen.stop_when(True)
