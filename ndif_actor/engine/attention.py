@@ -74,7 +74,7 @@ class Decodes:
     def __init__(self, start: int, slots: torch.Tensor, lengths: Sequence[int]) -> None:
         self.start = start
         self.slots = slots
-        self._lengths = lengths
+        self.lengths = lengths
         self._masks: dict[int | None, torch.Tensor | None] = {}
 
     def mask(self, window: int | None) -> torch.Tensor | None:
@@ -82,7 +82,7 @@ class Decodes:
         if window not in self._masks:
             # On the host, where looking at it makes nobody wait for the device.
             places = torch.arange(self.slots.shape[1])
-            ends = torch.tensor(self._lengths)[:, None]
+            ends = torch.tensor(self.lengths)[:, None]
             seen = places < ends
             if window is not None:
                 seen &= places >= ends - window
@@ -105,6 +105,16 @@ class AttentionLayout(msgspec.Struct, frozen=True):
     chunks: Sequence[Chunk] = ()
     decodes: Sequence[Decodes] = ()
     kept: KeptRows | None = None
+
+    def slots(self, row: int) -> torch.Tensor | None:
+        """Return the slots of all tokens of the sequence at `row`, if it has a past."""
+        for chunk in self.chunks:
+            if chunk.start == row:
+                return chunk.slots
+        for decodes in self.decodes:
+            if 0 <= (place := row - decodes.start) < len(decodes.lengths):
+                return decodes.slots[place, : decodes.lengths[place]]
+        return None
 
 
 class Attended(msgspec.Struct, frozen=True):
@@ -184,7 +194,7 @@ def ragged_attention(
             record.cache.write(module, key, value, kept.rows, kept.slots)
         _attend_cached(module, record.layout, record.cache, query, packed, **options)
     if listener is not None and (blocks := listener.explicit(module)):
-        _attend_explicitly(module, blocks, listener, query, key, value, packed, **options)
+        _attend_explicitly(module, record, blocks, listener, query, key, value, packed, **options)
     return _told(listener, module, packed), None
 
 
@@ -198,6 +208,7 @@ def _told(listener: Listener | None, module: torch.nn.Module, out: torch.Tensor)
 
 def _attend_explicitly(
     module: torch.nn.Module,
+    record: AttentionRecord,
     blocks: Sequence[tuple[int, int]],
     listener: Listener,
     query: torch.Tensor,
@@ -206,22 +217,28 @@ def _attend_explicitly(
     packed: torch.Tensor,
     **options: Any,
 ) -> None:
-    """Let sequences without a past attend again, with scores and patterns that are seen."""
+    """Let sequences attend again, with scores and patterns that are seen."""
     causal, window = _is_causal(module, options), options.get("sliding_window")
-    rows = {start: slice(start, start + length) for start, length in blocks}
-    scores = {}
+    scores, values = {}, {}
     for start, length in blocks:
-        mask = None
-        if causal or window is not None:
-            mask = _window_mask(length, window or length, causal, query.device)
-        own = query[0, :, rows[start]], key[0, :, rows[start]]
-        scores[start] = attention_scores(*own, mask, options.get("scaling"), options.get("softcap"))
+        rows, mask = slice(start, start + length), None
+        slots = record.layout.slots(start) if record.layout is not None else None
+        if slots is not None and record.cache is not None:
+            (own,), (values[start],) = record.cache.read(module, slots[None])
+            mask = _chunk_mask(length, slots.numel(), window, query.device)[0, 0]
+        else:
+            own, values[start] = key[0, :, rows], value[0, :, rows]
+            if causal or window is not None:
+                mask = _window_mask(length, window or length, causal, query.device)
+        scores[start] = attention_scores(
+            query[0, :, rows], own, mask, options.get("scaling"), options.get("softcap")
+        )
     seen = heard(listener, module, "scores", Squares(scores))
     pattern = seen.map(lambda _, block: attention_pattern(block))
     pattern = heard(listener, module, "pattern", pattern)
     for start, block in pattern.blocks.items():
-        mixed = weighted_values(block, value[0, :, rows[start]])
-        packed[0, rows[start]] = mixed.transpose(0, 1)
+        mixed = weighted_values(block, values[start])
+        packed[0, start : start + block.shape[-2]] = mixed.transpose(0, 1)
 
 
 def _is_causal(module: torch.nn.Module, options: dict[str, Any]) -> bool:

@@ -37,9 +37,15 @@ _BUCKET_RATIO, _BUCKET_SLACK = 2, 64
 
 
 class Rows(Protocol):
-    """The rows of one invoke in the tensors of a pass."""
+    """The rows of one invoke in the tensors of a pass.
+
+    Attributes:
+        lengths: how many each sequence has.
+        totals: how many it has together with its past.
+    """
 
     lengths: Sequence[int]
+    totals: Sequence[int]
 
     def blocks(self) -> list[tuple[int, int]]:
         """Return first row and length of each sequence in the packed row, as it lies now."""
@@ -102,10 +108,23 @@ class Batch(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class PackedRows:
-    """Some strands of a packed row, `lengths` tokens each."""
+    """Some strands of a packed row, `lengths` tokens each.
 
-    def __init__(self, packing: Packing, strands: Sequence[int], lengths: Sequence[int]) -> None:
+    Args:
+        packing: how the row lies.
+        strands, lengths: of each sequence.
+        totals: its tokens with those of its past; None where it has none.
+    """
+
+    def __init__(
+        self,
+        packing: Packing,
+        strands: Sequence[int],
+        lengths: Sequence[int],
+        totals: Sequence[int] | None = None,
+    ) -> None:
         self.lengths = lengths
+        self.totals = lengths if totals is None else totals
         self._packing = packing
         self._strands = strands
         self._known: tuple[int, list[Block], bool] | None = None
@@ -184,7 +203,7 @@ class PaddedRows:
 
     def __init__(self, first: int, lengths: Sequence[int], prompts: int, longest: int) -> None:
         self.first = first
-        self.lengths = lengths
+        self.lengths = self.totals = lengths
         self._prompts = prompts
         self._longest = longest
 

@@ -182,7 +182,7 @@ class Blueprint:
         program = self.compile(group.graph, len(group.invokes), steps)
         explanation = explain(request, group, program, self.table.layers, price)
         lengths = [[len(ids) for ids in prompts] for prompts in group.invokes]
-        values = shapes.infer(program, self.model, lengths, steps)
+        values = shapes.infer(program, self.model, lengths, steps, group.held)
         known = {**values.decode, **values.prefill}
         infos = [shapes.describe(known.get(number)) for number in range(len(group.graph.nodes))]
         return msgspec.structs.replace(explanation, values=infos)

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from ndif_actor.engine.hookpoints import HookTable, Site
 from ndif_actor.errors import RequestError
 from ndif_client.wire.graph import (
-    PREFILL,
     Backward,
     CallModule,
     EndGeneration,
@@ -107,13 +106,6 @@ def find_sites(graph: Graph, table: HookTable) -> dict[HookPoint, Site]:
                 number,
                 f"{node.hook} holds integers and is read-only; to change what the model sees, "
                 "write the output of its embedding",
-            )
-        if site.square and graph.steps_of(number) != PREFILL:
-            raise graph_fault(
-                graph,
-                number,
-                f"{node.hook} is there at the prefill only: later steps attend to the KV cache; "
-                "trace the tokens as a prompt to see it for all of them",
             )
         sites[node.hook] = site
     return sites

@@ -273,7 +273,8 @@ class Execution:
         assert moment is not None
         site = self.program.sites[node.hook]
         rows = self._rows[node.invoke]
-        whole = value.expand(site.shape_for(len(rows.lengths), max(rows.lengths)))
+        shape = site.shape_for(len(rows.lengths), max(rows.lengths), max(rows.totals))
+        whole = value.expand(shape)
         target = moment.writable(node.hook.leaf)
         rows.write(target, site, self._model.slice(node.hook, whole))
 

@@ -61,10 +61,19 @@ class Site(msgspec.Struct, frozen=True, kw_only=True):
         sizes = (size for size in self.shape if isinstance(size, int))
         return math.prod(sizes) * self.dtype.itemsize
 
-    def shape_for(self, batch: int, sequence: int) -> tuple[int, ...]:
-        """Return the shape one user sees for that many prompts of that many tokens."""
+    def shape_for(self, batch: int, sequence: int, keys: int | None = None) -> tuple[int, ...]:
+        """Return the shape one user sees.
+
+        Args:
+            batch: how many prompts.
+            sequence: tokens of the longest.
+            keys: how many these attend to, where they have a past; else as many as they are.
+        """
         sizes = {"batch": batch, "sequence": sequence, "batch*sequence": batch * sequence}
-        return tuple(sizes[n] if isinstance(n, str) else n for n in self.shape)
+        shape = [sizes[n] if isinstance(n, str) else n for n in self.shape]
+        if self.square and keys is not None:
+            shape[self.token_axis + 1] = keys
+        return tuple(shape)
 
 
 class HookTable(msgspec.Struct, frozen=True):

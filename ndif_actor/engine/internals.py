@@ -24,7 +24,9 @@ SQUARE = frozenset(("scores", "pattern"))
 
 
 class Squares:
-    """What belongs to pairs of positions: a `[heads, length, length]` tensor a block of rows.
+    """What belongs to pairs of positions: a `[heads, length, keys]` tensor a block of rows.
+
+    There are as many keys as rows, and more where the rows continue what lies in the KV cache.
 
     Args:
         blocks: by the first row of each.
@@ -43,21 +45,19 @@ class Squares:
 
 
 def stack_squares(blocks: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Return `[batch, heads, longest, longest]`, shorter blocks padded on the left with zeros."""
-    longest = max(block.shape[-1] for block in blocks)
-    if all(block.shape[-1] == longest for block in blocks):
-        return torch.stack(list(blocks))
+    """Return `[batch, heads, longest, keys]`, smaller blocks padded on the left with zeros."""
+    queries, keys = (max(block.shape[axis] for block in blocks) for axis in (-2, -1))
     padded = [
-        torch.nn.functional.pad(block, (longest - block.shape[-1], 0) * 2) for block in blocks
+        torch.nn.functional.pad(block, (keys - block.shape[-1], 0, queries - block.shape[-2], 0))
+        for block in blocks
     ]
     return torch.stack(padded)
 
 
 def fill_squares(blocks: Sequence[torch.Tensor], value: torch.Tensor) -> None:
-    """Write `[batch, heads, longest, longest]` into blocks in place; padding is dropped."""
+    """Write `[batch, heads, longest, keys]` into blocks in place; padding is dropped."""
     for block, own in zip(blocks, value, strict=True):
-        length = block.shape[-1]
-        block.copy_(own[..., own.shape[-2] - length :, own.shape[-1] - length :])
+        block.copy_(own[..., own.shape[-2] - block.shape[-2] :, own.shape[-1] - block.shape[-1] :])
 
 
 class Listener(Protocol):

@@ -165,11 +165,13 @@ class Generation:
         Where a sequence sits out, no node looks at the rows of its invoke.
         """
         rows: list[Rows] = []
-        fed = iter(self._fed)
+        each = iter(zip(self.sequences, self._fed, strict=True))
         for prompts in self._group.invokes:
-            lengths = [n for n in (len(next(fed)) for _ in prompts) if n]
-            rows.append(PackedRows(packing, range(first, first + len(lengths)), lengths))
-            first += len(lengths)
+            own = [(one.done, len(fed)) for one, fed in (next(each) for _ in prompts) if fed]
+            lengths = [count for _, count in own]
+            totals = [done + count for done, count in own]
+            rows.append(PackedRows(packing, range(first, first + len(own)), lengths, totals))
+            first += len(own)
         return rows
 
     def last_rows(self, packing: Packing, first: int) -> list[tuple[int, int]]:

@@ -7,7 +7,7 @@ here, at admission, with the user's line.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import torch
@@ -102,7 +102,6 @@ def infer(
     """
     graph = program.graph
     shapes = Shapes({}, {})
-    single = [[1] * len(prompts) for prompts in lengths]
     for step in _representatives(program, num_steps):
         known = shapes.at(step)
         new = shapes.prefill if step == 0 else shapes.decode
@@ -115,7 +114,10 @@ def infer(
                     if isinstance(node, Held):
                         value: Any = from_spec((held or {})[node.name])
                     else:
-                        value = _infer(node, program, model, single if step else lengths, known)
+                        steps = graph.steps_of(number)
+                        # Later steps have ever more keys to attend to: of many, the last has most.
+                        past = step and (steps.start if steps.single else num_steps - 1)
+                        value = _infer(node, program, model, _Extent(lengths, past), known)
                     if number in program.conditions.deciding:
                         _check_decision(value)
                 except ops.REFUSALS as error:
@@ -179,14 +181,14 @@ def _infer(
     node: Node,
     program: Program,
     model: PreTrainedModel,
-    lengths: Sequence[Sequence[int]],
+    extent: _Extent,
     values: dict[int, Any],
 ) -> Any:
     match node:
         case ReadHook():
-            return _own(program, node, lengths)
+            return _own(program, node, extent)
         case WriteHook():
-            _check_write(ops.resolve(node.value, values.__getitem__), _own(program, node, lengths))
+            _check_write(ops.resolve(node.value, values.__getitem__), _own(program, node, extent))
             return None
         case Constant(tensor=spec):
             return torch.empty(spec.shape, dtype=getattr(torch, spec.dtype), device=_META)
@@ -288,12 +290,18 @@ def submodule(model: torch.nn.Module, path: str) -> torch.nn.Module:
         raise LookupError(f"the model has no module {path!r}") from None
 
 
-def _own(
-    program: Program, node: ReadHook | WriteHook, lengths: Sequence[Sequence[int]]
-) -> torch.Tensor:
+class _Extent(NamedTuple):
+    """Tokens of each prompt, per invoke, and the step: 0 at the prefill."""
+
+    lengths: Sequence[Sequence[int]]
+    step: int
+
+
+def _own(program: Program, node: ReadHook | WriteHook, extent: _Extent) -> torch.Tensor:
     site = program.sites[node.hook]
-    mine = lengths[node.invoke]
-    return torch.empty(site.shape_for(len(mine), max(mine)), dtype=site.dtype, device=_META)
+    mine = extent.lengths[node.invoke]
+    shape = site.shape_for(len(mine), 1 if extent.step else max(mine), max(mine) + extent.step)
+    return torch.empty(shape, dtype=site.dtype, device=_META)
 
 
 class _OneDtype(TorchDispatchMode):

@@ -66,6 +66,27 @@ def test_heads_are_ablated_alike_by_result_and_before_the_projection(session: An
     assert several.result.second.abs().sum() > 0
 
 
+def test_a_head_is_ablated_alike_by_pattern_and_result_at_every_step(session: Any) -> None:
+    def generated(port: str) -> Any:
+        attention = session.model.model.layers[1].self_attn
+        with session.generate(PROMPT, max_new_tokens=4) as generation, generation.all():
+            pattern = attention.pattern
+            getattr(attention.heads[3], port)[:] = 0
+            generation.pattern = pattern
+            generation.logits = session.model.lm_head.output[:, -1]
+        return generation.result
+
+    by_pattern, by_result = generated("pattern"), generated("result")
+
+    tokens = len(session.tokenize(PROMPT).ids)
+    keys = [pattern.shape[-2:] for pattern in by_result.pattern]
+    assert keys == [(tokens, tokens), (1, tokens + 1), (1, tokens + 2), (1, tokens + 3)]
+    for pattern in by_result.pattern:
+        torch.testing.assert_close(pattern.sum(-1), torch.ones_like(pattern.sum(-1)))
+    for own, other in zip(by_pattern.logits, by_result.logits, strict=True):
+        torch.testing.assert_close(own, other, rtol=0, atol=1e-10)
+
+
 def test_query_heads_know_the_keys_they_share(session: Any) -> None:
     attention = session.model.model.layers[1].self_attn
     with session.trace(PROMPT) as trace:
@@ -90,6 +111,3 @@ def test_mistakes_with_heads_are_refused(session: Any) -> None:
         model.model.layers[1].mlp.heads[0].save()
     with pytest.raises(errors.GraphError, match="no 'patern'"), session.trace(PROMPT):
         model.model.layers[1].self_attn.heads[0].patern.save()
-    generation = session.generate(PROMPT, max_new_tokens=3)
-    with pytest.raises(errors.GraphError, match="prefill only"), generation as gen, gen.all():
-        model.model.layers[1].self_attn.pattern.save()

@@ -13,6 +13,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
 from tests.conftest import LoadEngine, MakeModel
+from tests.generations import Driver
 from tests.integration.engine.experiments import COLOSSEUM, EIFFEL, SHORT
 from tests.requests import (
     Recorder,
@@ -210,3 +211,100 @@ def test_the_pattern_has_a_gradient(model_folder: MakeModel, load_engine: LoadEn
     )
 
     assert_equal(saved, {max(saved): kept[0].grad}, 1e-10)
+
+
+STEPS = 5
+
+
+def generated_with(
+    model: Any, prompts: list[list[int]], touches: dict[tuple[int, str], Touch], port: str
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Generate with plain transformers; return what layer 1 showed, and the logits, by step."""
+    shown: list[torch.Tensor] = []
+
+    def show(value: torch.Tensor) -> torch.Tensor | None:
+        changed = touches.get((1, port), lambda tensor: None)(value)
+        shown.append(value if changed is None else changed)
+        return changed
+
+    longest = max(map(len, prompts))
+    padded = [[0] * (longest - len(ids)) + ids for ids in prompts]
+    mask = [[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts]
+    with touching({**touches, (1, port): show}), torch.no_grad():
+        found = model.generate(
+            torch.tensor(padded),
+            attention_mask=torch.tensor(mask),
+            max_new_tokens=STEPS,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+    return shown, list(found.logits)
+
+
+def generating(family: str, prompts: list[list[int]], port: str, *, write: bool) -> Request:
+    recorder = Recorder()
+    with recorder.during(0):
+        value = recorder.read(hook(family, port))
+        if write:
+            index = (slice(None), 1)
+            half = recorder.apply("mul", recorder.apply("getitem", value, index), 0.5)
+            value = recorder.apply("setitem", value, index, half)
+            recorder.write(hook(family, port), value)
+        recorder.save(value)
+        logits = recorder.read("output[logits]")
+        recorder.save(recorder.apply("getitem", logits, (slice(None), -1)))
+    return Request(recorder, [prompts])
+
+
+@every_family
+@pytest.mark.parametrize("port", ["scores", "pattern"])
+@pytest.mark.parametrize("write", [False, True], ids=["read", "write"])
+def test_each_step_of_a_generation_shows_whom_its_token_attends_to(
+    family: str, port: str, write: bool, model_folder: MakeModel, load_engine: LoadEngine
+) -> None:
+    dtype, tolerance = precision(family)
+    model = plain(model_folder(family, dtype), dtype)
+    touches = {(1, port): halve_one_head} if write else {}
+    shown, logits = generated_with(model, [EIFFEL], touches, port)
+    driver = Driver(load_engine(family, dtype))
+    driver.start("other", generating(family, [COLOSSEUM], port, write=False), STEPS)
+    driver.step()
+    driver.start("own", generating(family, [EIFFEL], port, write=write), STEPS)
+
+    outcome = driver.finish()["own"]
+
+    assert outcome.fault is None, outcome.fault
+    values, heads = (
+        [outcome.saved[node, step] for step in range(STEPS)]
+        for node in sorted({node for node, _ in outcome.saved})
+    )
+    low = torch.finfo(dtype).min / 4
+    for step in range(STEPS):
+        assert values[step].shape[-1] == len(EIFFEL) + step
+        # With a sliding window transformers keeps no more than the keys in it.
+        own = values[step][..., -shown[step].shape[-1] :].clamp(min=low)
+        wanted = shown[step].clamp(min=low)
+        torch.testing.assert_close(own, wanted, rtol=0, atol=10 * tolerance)
+        # `generate` returns logits in float32.
+        torch.testing.assert_close(heads[step].float(), logits[step], rtol=0, atol=1e-5)
+
+
+def test_steps_of_prompts_of_unequal_length_are_padded_on_the_left(
+    model_folder: MakeModel, load_engine: LoadEngine
+) -> None:
+    model = plain(model_folder("llama", torch.float64), torch.float64)
+    prompts = [EIFFEL, SHORT]
+    shown, logits = generated_with(model, prompts, {(1, "pattern"): halve_one_head}, "pattern")
+    driver = Driver(load_engine("llama"))
+    driver.start("own", generating("llama", prompts, "pattern", write=True), STEPS)
+
+    outcome = driver.finish()["own"]
+
+    first, second = sorted({node for node, _ in outcome.saved})
+    for step in range(1, STEPS):
+        torch.testing.assert_close(outcome.saved[first, step], shown[step], rtol=0, atol=1e-10)
+        own = outcome.saved[second, step].float()
+        torch.testing.assert_close(own, logits[step], rtol=0, atol=1e-5)
