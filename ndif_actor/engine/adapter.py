@@ -73,6 +73,12 @@ def max_positions(config: PreTrainedConfig, *, packed: bool) -> int:
     return int(known)
 
 
+def sliding_window(config: PreTrainedConfig) -> int | None:
+    """Return how many tokens back the attention of some layers sees, if it is limited."""
+    window: int | None = getattr(text_config(config), "sliding_window", None)
+    return window
+
+
 def config_dtype(config: PreTrainedConfig) -> str:
     """Return the dtype the weights were stored in."""
     dtype = getattr(config, "dtype", None) or torch.float32

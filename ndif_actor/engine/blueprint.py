@@ -6,6 +6,7 @@ Owned by the coordinator; the shards build the same one, so both agree on every 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import msgspec
@@ -19,6 +20,7 @@ from ndif_actor.engine.hookpoints import HookTable, discover
 from ndif_actor.engine.internals import PORTS
 from ndif_actor.engine.probe import depth_fault, stale_operations
 from ndif_actor.engine.program import Program, compile_graph
+from ndif_actor.engine.retention import Retention, measure
 from ndif_actor.engine.shapes import Price
 from ndif_actor.errors import ModelError
 from ndif_actor.messages import Group
@@ -153,28 +155,27 @@ class Blueprint:
         program = self.compile(graph, len(lengths), num_steps)
         values = shapes.infer(program, self.model, lengths, num_steps, held)
         price = shapes.price(program, values, lengths, num_steps)
-        kept = price.tokens * self._bytes_for_backward(program)
+        kept = self._bytes_for_backward(program, [n for prompts in lengths for n in prompts])
         return msgspec.structs.replace(price, value_bytes=price.value_bytes + kept)
 
-    def _bytes_for_backward(self, program: Program) -> int:
-        """Return about how many bytes a token keeps until the backward, if there is one.
+    @cached_property
+    def _retention(self) -> Retention:
+        return measure(self.model, self.table)
 
-        What modules are given and return, between the first value whose gradient is asked for and
-        the last hook point; operations inside of them keep about as much again, many of them being
-        views of the same memory.
+    def _bytes_for_backward(self, program: Program, lengths: Sequence[int]) -> int:
+        """Return about how many bytes prompts keep until the backward, if there is one.
+
+        That is what autograd saves between the first value whose gradient is asked for and the last
+        hook point, and the gradients of the widest tensor on the way back.
         """
         plan = program.at(0)
         if not plan.backwards:
             return 0
         order_of = {number: order for order, nodes in plan.nodes.items() for number in nodes}
         first = min((order_of[number] for number in plan.watched), default=plan.last)
-        return sum(
-            2 * site.token_bytes
-            for point, site in self.table.sites.items()
-            if first <= site.order <= plan.last
-            and site.dtype.is_floating_point
-            and not point.operation
-        )
+        passed = [site for site in self.table.sites.values() if first <= site.order <= plan.last]
+        widest = max((site.token_bytes for site in passed if not site.square), default=0)
+        return self._retention.between(first, plan.last, lengths) + 2 * widest * sum(lengths)
 
     def explain(self, request: str, group: Group, price: Price) -> Explanation:
         """Say what a checked request would cost, and where its rows leave or fork."""

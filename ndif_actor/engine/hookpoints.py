@@ -263,6 +263,14 @@ def _record(model: PreTrainedModel, run: Callable[..., None], *sizes: int) -> Re
     return recording
 
 
+def run(model: PreTrainedModel, tokens: int, *, packed: bool) -> None:
+    """Run a model without weights on one prompt of so many tokens."""
+    if packed:
+        _run_packed(model, tokens)
+    else:
+        _run_padded(model, 1, tokens)
+
+
 def _run_padded(model: PreTrainedModel, batch: int, sequence: int) -> None:
     ids = torch.zeros(batch, sequence, dtype=torch.long, device="meta")
     with attending(None):
