@@ -102,7 +102,7 @@ def _parser() -> argparse.ArgumentParser:
         "--request-ms", type=float, default=1.0, help="of a forward, for each request in it"
     )
     parser.add_argument(
-        "--pass-gib", type=float, default=64.0, help="max_pass_bytes, of all GPUs together"
+        "--pass-gib", type=float, default=8.0, help="max_pass_bytes, of all GPUs together"
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="write all figures here, as JSON")

@@ -9,7 +9,12 @@ from typing import Any
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+)
 
 VOCAB_SIZE = 300
 
@@ -41,7 +46,9 @@ def _config(name: str, **options: Any) -> Callable[[], PreTrainedConfig]:
     return lambda: getattr(transformers, name)(**options)
 
 
-#: Families by the name tests use. All but the last two can be packed.
+_ENCODER: dict[str, Any] = {"num_attention_heads": 4, "intermediate_size": 80}
+
+#: Families by the name tests use. All but the last three can be packed.
 CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "llama": _config("LlamaConfig", **_COMMON, **_HEADS),
     "llama6": _config("LlamaConfig", **_COMMON, **_SIX_HEADS),
@@ -72,13 +79,30 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
         num_experts_per_tok=2,
         moe_intermediate_size=32,
     ),
+    "bert": _config("BertConfig", **_COMMON, **_ENCODER),
+    "roberta": _config("RobertaConfig", **_COMMON, **_ENCODER),
+    "modernbert": _config(
+        "ModernBertConfig",
+        **_COMMON,
+        **_ENCODER,
+        global_attn_every_n_layers=2,
+        local_attention=4,
+        cls_token_id=0,
+        sep_token_id=1,
+    ),
+    "deberta": _config(
+        "DebertaV2Config", **_COMMON, **_ENCODER, relative_attention=True, pos_att_type=["c2p"]
+    ),
     "mamba": _config(
         "MambaConfig", vocab_size=VOCAB_SIZE, hidden_size=48, num_hidden_layers=3, state_size=8
     ),
     "bloom": _config("BloomConfig", vocab_size=VOCAB_SIZE, hidden_size=48, n_layer=3, n_head=4),
 }
 
-UNPACKABLE = ("mamba", "bloom")
+UNPACKABLE = ("deberta", "mamba", "bloom")
+
+#: Families of encoders, in which every token attends to every other.
+ENCODERS = ("bert", "roberta", "modernbert", "deberta")
 
 
 def make_model(folder: Path, family: str, dtype: torch.dtype = torch.float32) -> Path:
@@ -90,7 +114,8 @@ def make_model(folder: Path, family: str, dtype: torch.dtype = torch.float32) ->
     if (target / "config.json").is_file():
         return target
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(CONFIGS[family](), dtype=dtype)
+    auto = AutoModelForMaskedLM if family in ENCODERS else AutoModelForCausalLM
+    model = auto.from_config(CONFIGS[family](), dtype=dtype)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:

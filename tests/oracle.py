@@ -17,7 +17,13 @@ from typing import Any, NamedTuple
 
 import msgspec
 import torch
-from transformers import AttentionInterface, AutoModelForCausalLM, DynamicCache
+from transformers import (
+    AttentionInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    DynamicCache,
+)
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
 from ndif_actor.engine import leaves, operations, ops
@@ -62,7 +68,10 @@ class Oracle:
     """A model as transformers loads it, and the graphs of single requests run on it."""
 
     def __init__(self, folder: Path, dtype: torch.dtype) -> None:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        (stored,) = AutoConfig.from_pretrained(folder).architectures
+        masked = stored.endswith("ForMaskedLM")
+        auto = AutoModelForMaskedLM if masked else AutoModelForCausalLM
+        model = auto.from_pretrained(folder, dtype=dtype)
         if dtype == torch.float64 and model.get_experts_implementation()[""] is not None:
             model.set_experts_implementation("eager")  # the default has no kernel in this dtype
         # An attention with sinks does more than the one written out.
@@ -235,6 +244,9 @@ class _Run:
         self.calls: Counter[tuple[str, str, str]] = Counter()
         self.calling = False
         self.paths = {module: path for path, module in model.named_modules()}
+        # RoBERTa's positions come after that of padding.
+        roberta = model.config.model_type == "roberta"  # type: ignore[union-attr]
+        self.first_position = model.config.pad_token_id + 1 if roberta else 0  # type: ignore[union-attr, operator]
 
     def continue_after(self, tokens: Sequence[int]) -> None:
         """Take one token of each sequence instead of its prompt, which is in the cache."""
@@ -344,7 +356,8 @@ class _Run:
             padding = [0] * (self.longest - len(prompt))
             ids.append([*padding, *prompt])
             mask.append([*[0] * pad, *[1] * (before + len(prompt))])
-            positions.append([*padding, *range(before, before + len(prompt))])
+            count = range(self.first_position + before, self.first_position + before + len(prompt))
+            positions.append([*padding, *count])
         inputs = {
             "input_ids": torch.tensor(ids),
             "attention_mask": torch.tensor(mask),

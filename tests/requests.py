@@ -43,13 +43,13 @@ from ndif_client.wire.graph import (
 )
 from ndif_client.wire.messages import HeldSpec
 from ndif_client.wire.tensors import TensorSpec, export_array, import_array
-from tests.models import CONFIGS, UNPACKABLE
+from tests.models import CONFIGS, ENCODERS, UNPACKABLE
 from tests.oracle import Invokes, NeverRan, Oracle, Saved
 
 #: Largest absolute error in float64.
 EXACT = 1e-10
 
-FAMILIES = [f for f in CONFIGS if f not in (*UNPACKABLE, "llama6", "qwen3_6")]
+FAMILIES = [f for f in CONFIGS if f not in (*UNPACKABLE, *ENCODERS, "llama6", "qwen3_6")]
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
 
@@ -84,6 +84,30 @@ GPT2 = Landmarks(
 )
 
 
+BERT = Landmarks(
+    "bert.encoder.layer.1",
+    "bert.encoder.layer.1.attention",
+    "bert.encoder.layer.1.attention.output.dense",
+    "bert.encoder.layer.1.attention.output.dropout",
+    "bert.encoder.layer.2",
+    "cls.predictions.transform.dense",
+    "cls.predictions.decoder",
+)
+ROBERTA = Landmarks(
+    *(name.replace("bert.", "roberta.", 1) for name in BERT[:5]), "lm_head.dense", "lm_head.decoder"
+)
+MODERNBERT = Landmarks(
+    "model.layers.1",
+    "model.layers.1.attn",
+    "model.layers.1.attn.Wo",
+    "model.layers.1.mlp",
+    "model.layers.2",
+    "model.final_norm",
+    "decoder",
+)
+_LANDMARKS = {"gpt2": GPT2, "bert": BERT, "roberta": ROBERTA, "modernbert": MODERNBERT}
+
+
 def precision(family: str, *, padded: bool = True) -> tuple[torch.dtype, float]:
     """Return in which dtype to compare a family with the oracle, and how closely.
 
@@ -97,7 +121,7 @@ def precision(family: str, *, padded: bool = True) -> tuple[torch.dtype, float]:
 
 def landmarks(family: str) -> Landmarks:
     """Return where the parts of a family of `tests.models` are."""
-    return GPT2 if family == "gpt2" else LLAMA
+    return _LANDMARKS.get(family, LLAMA)
 
 
 class Recorder:

@@ -38,5 +38,7 @@ def cache_size(loaded: Sequence[Loaded], unpackable: str | None) -> CacheSize:
         )
     num_pages = min(shard.cache_pages for shard in loaded)
     if not num_pages:
-        return CacheSize(missing="a KV cache, which this model can't use or has no memory for")
+        return CacheSize(
+            missing="a KV cache, which this model can't use (no encoder can) or has no memory for"
+        )
     return CacheSize(num_pages, loaded[0].page_tokens, "")

@@ -1,7 +1,8 @@
 """The one module that touches transformers' model classes.
 
-It builds a causal language model without weights (on the meta device) or with this rank's shard of
-them, and runs its forward on packed or padded rows. Sharding is transformers' own `tp_plan`.
+It builds a language model, causal or masked, without weights (on the meta device) or with this
+rank's shard of them, and runs its forward on packed or padded rows. Sharding is transformers' own
+`tp_plan`.
 """
 
 from __future__ import annotations
@@ -10,12 +11,15 @@ import inspect
 import re
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForMaskedLM,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -58,19 +62,19 @@ def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
     return text
 
 
-def max_positions(config: PreTrainedConfig, *, packed: bool) -> int:
+def max_positions(model: PreTrainedModel, *, packed: bool) -> int:
     """Return the longest prompt a model takes, in tokens.
 
     A model whose rotary frequencies switch with the longest prompt of a forward ("longrope") takes
     packed prompts only up to the switch, so that nobody's frequencies depend on a neighbour.
     """
-    text = text_config(config)
+    text = text_config(model.config)
     known = getattr(text, "max_position_embeddings", None) or 1 << 20
     rope = getattr(text, "rope_parameters", None) or {}
     for part in (rope, *rope.values()):  # a family may have one for each type of layer
         if packed and isinstance(part, dict) and part.get("rope_type") == "longrope":
             known = min(known, part["original_max_position_embeddings"])
-    return int(known)
+    return int(known) - _first_position(model)
 
 
 def sliding_window(config: PreTrainedConfig) -> int | None:
@@ -89,12 +93,12 @@ def build_without_weights(config: PreTrainedConfig, dtype: torch.dtype) -> PreTr
     """Build the model on the meta device: every module and shape, no weights.
 
     Raises:
-        ModelError: the architecture is no causal language model of transformers.
+        ModelError: the architecture is no language model of transformers.
     """
     attention = _attention(config) or "eager"
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(
+            model = _auto_class(config).from_config(
                 config, dtype=dtype, attn_implementation=attention
             )
     except (ValueError, TypeError, AttributeError, ImportError, RuntimeError) as error:
@@ -148,9 +152,18 @@ def load_shard(
         plan = _embedding_plan(config)
         options["distributed_config"] = DistributedConfig(tp_size=world_size, tp_plan=plan)
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, **options)
+        model, found = _auto_class(config).from_pretrained(
+            folder, trust_remote_code=False, output_loading_info=True, **options
+        )
     except (OSError, ValueError) as error:
         raise ModelError(f"the weights in {folder} can't be loaded: {error}") from error
+    if found["missing_keys"]:
+        # transformers would go on with random numbers in their place.
+        missing = sorted(found["missing_keys"])
+        raise ModelError(
+            f"the weights in {folder} lack {len(missing)} tensors of {type(model).__name__}: "
+            f"{', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}"
+        )
     if dtype == torch.float64 and model.get_experts_implementation()[""] is not None:
         model.set_experts_implementation("eager")  # the default has no kernel in this dtype
     if world_size == 1:
@@ -174,7 +187,7 @@ def run_packed(model: PreTrainedModel, input_ids: torch.Tensor, position_ids: to
 
     Args:
         input_ids: `[1, T]`, int64.
-        position_ids: `[1, T]`, starting anew in each segment.
+        position_ids: `[1, T]`, starting anew in each segment from 0.
     """
     # A mask of four dimensions passes through transformers as it is; with none at all, it would
     # search the positions for packed sequences and wait for the device at each forward.
@@ -184,7 +197,8 @@ def run_packed(model: PreTrainedModel, input_ids: torch.Tensor, position_ids: to
 
 def run_alone(model: PreTrainedModel, input_ids: torch.Tensor) -> Any:
     """Run the model on `[1, sequence]` ids as transformers does when told nothing else."""
-    return model(input_ids=input_ids, use_cache=False)
+    known = inspect.signature(model.forward).parameters
+    return model(input_ids=input_ids, **({"use_cache": False} if "use_cache" in known else {}))
 
 
 def run_padded(
@@ -206,6 +220,7 @@ def _run(
     model: PreTrainedModel, input_ids: torch.Tensor, position_ids: torch.Tensor, mask: torch.Tensor
 ) -> Any:
     known = inspect.signature(model.forward).parameters
+    position_ids = position_ids + _first_position(model)
     options = {"position_ids": position_ids, "attention_mask": mask, "use_cache": False}
     return model(input_ids=input_ids, **{k: v for k, v in options.items() if k in known})
 
@@ -226,9 +241,42 @@ def shard_factors(model: PreTrainedModel) -> dict[str, int]:
     return factors
 
 
+def _auto_class(config: PreTrainedConfig) -> type[AutoModelForCausalLM | AutoModelForMaskedLM]:
+    """Return what builds a model of this configuration.
+
+    Most families of encoders have a causal variant, which a folder must name to get it.
+    """
+    if type(config) not in MODEL_FOR_MASKED_LM_MAPPING:
+        return AutoModelForCausalLM
+    causal = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    is_named = causal is not None and causal.__name__ in (config.architectures or [])
+    return AutoModelForCausalLM if is_named else AutoModelForMaskedLM
+
+
+def _first_position(model: PreTrainedModel) -> int:
+    """Return the position of a prompt's first token, which RoBERTa and its kin don't count from 0.
+
+    Their position embeddings have a row for padding, and what lies below it is not used.
+    """
+    if model not in _first_positions:
+        _first_positions[model] = max(
+            (
+                module.padding_idx + 1
+                for name, module in model.named_modules()
+                if name.endswith("position_embeddings")
+                and getattr(module, "padding_idx", None) is not None
+            ),
+            default=0,
+        )
+    return _first_positions[model]
+
+
+_first_positions: WeakKeyDictionary[PreTrainedModel, int] = WeakKeyDictionary()
+
+
 def _attention(config: PreTrainedConfig) -> str | None:
     """Return the attention to build a model with; None where a family insists on its own."""
-    family = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    family = _auto_class(config)._model_mapping.get(type(config), None)
     exchangeable = getattr(family, "_supports_attention_backend", False)
     return IMPLEMENTATION if exchangeable else None
 
@@ -236,7 +284,7 @@ def _attention(config: PreTrainedConfig) -> str | None:
 def _embedding_plan(config: PreTrainedConfig) -> dict[str, str]:
     """Replicate the input embedding and what is tied to it: one tensor can't lie in two ways."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = _auto_class(config).from_config(config)
     weight = model.get_input_embeddings().weight
     holders = [name for name, module in model.named_modules() if _holds(module, weight)]
     return dict.fromkeys(holders, "replicate")

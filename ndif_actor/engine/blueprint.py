@@ -73,9 +73,7 @@ class Blueprint:
                 f"{type(model).__name__} is served with --tp 1 only: {self.table.unpackable}"
             )
         self.config_dtype = adapter.config_dtype(model.config)
-        self.max_positions = adapter.max_positions(
-            model.config, packed=self.table.unpackable is None
-        )
+        self.max_positions = adapter.max_positions(model, packed=self.table.unpackable is None)
 
     @classmethod
     def load(cls, folder: Path, dtype: str, world_size: int) -> Blueprint:

@@ -132,6 +132,8 @@ def make_cache(
     """
     if len({id(one.module) for one in attended}) < len(attended):
         return None  # a module that attends twice would overwrite its own keys
+    if not all(getattr(one.module, "is_causal", True) for one in attended):
+        return None  # an earlier token would have to see the later ones as they come
     numbers = sum(h * d for one in attended for h, d in (one.key_shape, one.value_shape))
     page_bytes = numbers * dtype.itemsize * PAGE_TOKENS
     if nbytes is None:

@@ -13,6 +13,8 @@ from ndif_actor.engine.adapter import text_config
 from ndif_actor.engine.hookpoints import HookTable
 from ndif_client.wire.graph import Port
 
+_Shape = tuple[int | str, ...]
+
 
 class StandardNames(msgspec.Struct, frozen=True):
     """Standard names of a model's modules.
@@ -45,8 +47,9 @@ def standard_names(model: PreTrainedModel, table: HookTable) -> StandardNames:
         root["norm"] = norm
     for number, layer in model.get_submodule(layers).named_children():
         path = f"{layers}.{number}"
-        aliases[path] = _parts(path, layer, table)
-        leaves = _residual(path, table, text_config(model.config).hidden_size)
+        wide = ("batch", "sequence", text_config(model.config).hidden_size)
+        aliases[path] = _parts(path, layer, table, wide)
+        leaves = _residual(path, table, wide)
         if leaves is not None:
             residual[path] = leaves
     return StandardNames(aliases, residual)
@@ -72,7 +75,7 @@ def _norm_after(model: PreTrainedModel, layers: str) -> str | None:
     return f"{owner}.{norms[-1]}" if owner else norms[-1]
 
 
-def _parts(path: str, layer: torch.nn.Module, table: HookTable) -> dict[str, str]:
+def _parts(path: str, layer: torch.nn.Module, table: HookTable, wide: _Shape) -> dict[str, str]:
     found: dict[str, str] = {}
     attention = [p for p in table.attention if p.startswith(f"{path}.")]
     if len(attention) == 1:
@@ -83,17 +86,18 @@ def _parts(path: str, layer: torch.nn.Module, table: HookTable) -> dict[str, str
         if not _is_norm(child)
         and any(True for _ in child.children())
         and not any(p == f"{path}.{name}" or p.startswith(f"{path}.{name}.") for p in attention)
+        # BERT's layers have the two halves of an MLP side by side, and no module that is one.
+        and _first_shapes(f"{path}.{name}", table) == [wide, wide]
     }
     if attention and any(sizes.values()):
         found["mlp"] = max(sizes, key=sizes.__getitem__)
     return found
 
 
-def _residual(path: str, table: HookTable, hidden_size: int) -> tuple[str, str] | None:
-    """Return the first tensors of a layer's input and output that are as wide as the model."""
+def _residual(path: str, table: HookTable, wide: _Shape) -> tuple[str, str] | None:
+    """Return the leaves of a module's input and output that are as wide as the model, if any."""
 
     def first(port: Port) -> str | None:
-        wide = ("batch", "sequence", hidden_size)
         mine = (path, port, 0, "")
         for point, site in table.sites.items():
             if (point.path, point.port, point.call, point.operation) == mine and site.shape == wide:
@@ -102,6 +106,15 @@ def _residual(path: str, table: HookTable, hidden_size: int) -> tuple[str, str] 
 
     entered, left = first("input"), first("output")
     return None if entered is None or left is None else (entered, left)
+
+
+def _first_shapes(path: str, table: HookTable) -> list[_Shape]:
+    """Return the shapes of the first tensors that enter and leave a module."""
+    shapes: dict[Port, _Shape] = {}
+    for point, site in table.sites.items():
+        if (point.path, point.call, point.operation) == (path, 0, ""):
+            shapes.setdefault(point.port, site.shape)
+    return list(shapes.values())
 
 
 def _is_norm(module: torch.nn.Module) -> bool:

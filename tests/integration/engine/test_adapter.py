@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, BertModel
 from transformers.distributed.configuration_utils import DistributedConfig
 from transformers.masking_utils import AttentionMaskInterface, create_causal_mask
 
@@ -177,6 +177,16 @@ def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
 def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="can't be loaded"):
         load(config_only(tmp_path, "llama"))
+
+
+def test_a_folder_that_lacks_some_weights_is_refused_rather_than_filled_up_with_random_ones(
+    tmp_path: Path,
+) -> None:
+    model = BertModel(CONFIGS["bert"]())  # without the head that predicts tokens
+    model.save_pretrained(tmp_path)
+
+    with pytest.raises(ModelError, match=r"lack \d+ tensors of BertForMaskedLM: cls.predictions"):
+        load(tmp_path)
 
 
 def test_weights_in_a_format_that_can_run_code_are_refused(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from transformers import (
     RobertaConfig,
 )
 
+from ndif_actor.engine import adapter
 from ndif_actor.engine.engine import Engine
 from ndif_actor.errors import ModelError
 from ndif_actor.messages import Dropped, Settle
@@ -23,6 +24,7 @@ from ndif_client.wire.graph import Held, Keep
 from ndif_client.wire.messages import HeldSpec
 from ndif_client.wire.tensors import TensorSpec
 from tests.conftest import LoadEngine, LoadOracle
+from tests.models import UNPACKABLE
 from tests.oracle import Oracle
 from tests.requests import EXACT, Recorder, Request, assert_equal, run, run_and_save
 
@@ -72,7 +74,7 @@ def read_all(engine: Engine, invokes: list[list[list[int]]]) -> Request:
     return Request(recorder, invokes)
 
 
-every_unpackable = pytest.mark.parametrize("family", ["mamba", "bloom"])
+every_unpackable = pytest.mark.parametrize("family", UNPACKABLE)
 
 
 @every_unpackable
@@ -104,7 +106,11 @@ def test_every_hook_point_of_an_unpackable_model_shows_what_a_plain_hook_sees(
 def test_values_cross_between_the_prompts_of_an_unpackable_model(
     family: str, load_engine: LoadEngine, load_oracle: LoadOracle
 ) -> None:
-    block = {"mamba": "backbone.layers.1.output", "bloom": "transformer.h.1.output"}[family]
+    block = {
+        "mamba": "backbone.layers.1.output",
+        "bloom": "transformer.h.1.output",
+        "deberta": "deberta.encoder.layer.1.output",
+    }[family]
     leaf = next(
         site.point
         for site in load_engine(family).blueprint.table.sites.values()
@@ -176,9 +182,13 @@ def test_an_attention_that_does_more_than_ours_is_noticed(save_model: Save) -> N
     assert_equal(values, {1: Oracle(folder, torch.float64).logits(PROMPT)}, EXACT)
 
 
-def test_a_model_that_numbers_its_positions_by_itself_is_refused(save_model: Save) -> None:
+def test_a_model_that_numbers_its_positions_in_a_way_unknown_to_us_is_refused(
+    save_model: Save, monkeypatch: pytest.MonkeyPatch
+) -> None:
     small = {k: v for k, v in _SMALL.items() if k not in ("num_key_value_heads", "head_dim")}
     folder = save_model(RobertaConfig(**small, is_decoder=True))
+    assert load(folder).unpackable is None
+    monkeypatch.setattr(adapter, "_first_position", lambda model: 0)
 
     with pytest.raises(ModelError, match="numbers positions in a way of its own"):
         load(folder)
