@@ -146,17 +146,18 @@ def load_shard(
     transformers_logging.disable_progress_bar()
     config = load_config(folder)
     options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "local_files_only": True}
-    options["attn_implementation"] = _attention(config)
+    options |= {"attn_implementation": _attention(config), "output_loading_info": True}
     if world_size > 1:
         # A replicated embedding needs no DTensor on its way and shows plain hook points.
         plan = _embedding_plan(config)
         options["distributed_config"] = DistributedConfig(tp_size=world_size, tp_plan=plan)
     try:
-        model, found = _auto_class(config).from_pretrained(
-            folder, trust_remote_code=False, output_loading_info=True, **options
+        loaded: Any = _auto_class(config).from_pretrained(
+            folder, trust_remote_code=False, **options
         )
     except (OSError, ValueError) as error:
         raise ModelError(f"the weights in {folder} can't be loaded: {error}") from error
+    model, found = loaded
     if found["missing_keys"]:
         # transformers would go on with random numbers in their place.
         missing = sorted(found["missing_keys"])
@@ -248,7 +249,7 @@ def _auto_class(config: PreTrainedConfig) -> type[AutoModelForCausalLM | AutoMod
     """
     if type(config) not in MODEL_FOR_MASKED_LM_MAPPING:
         return AutoModelForCausalLM
-    causal = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    causal: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     is_named = causal is not None and causal.__name__ in (config.architectures or [])
     return AutoModelForCausalLM if is_named else AutoModelForMaskedLM
 
