@@ -2,7 +2,8 @@
 
 Requests submitted in the same turn of the event loop, as `asyncio.gather` does, go out in one
 POST, so that the server admits them together and they can share a forward. One that comes after a
-request of another POST is sent when that has arrived. When the stream of their events breaks, each
+request of another POST is sent when that has arrived. Where they are more than the server takes at
+once, the rest is sent when some have ended. When the stream of their events breaks, each
 is asked for by its id.
 """
 
@@ -18,6 +19,7 @@ import msgspec
 
 from ndif_client.batching import Encoded, frames_of
 from ndif_client.errors import (
+    BusyError,
     ConnectError,
     NdifError,
     ProtocolError,
@@ -217,11 +219,31 @@ class Submitter:
         try:
             for other in before:
                 await other.arrived.wait()
-            if not await self._send(batch, frame):
-                await asyncio.gather(*map(self._ask, _open(batch)))
+            while not await self._is_taken(batch, frame):
+                pass
         except Exception as error:
             for pending in batch:
                 pending.fail(error)
+
+    async def _is_taken(self, batch: list[Pending], frame: Sequence[Buffer]) -> bool:
+        """Send a batch and follow it to its end; False if it is to be sent again.
+
+        A queue that is full of this session's own requests, as of a long chain, has room when some
+        of them have ended.
+
+        Raises:
+            BusyError: the queue is full, and nothing of ours is in it.
+        """
+        try:
+            if not await self._send(batch, frame):
+                await asyncio.gather(*map(self._ask, _open(batch)))
+            return True
+        except BusyError:
+            ours = [task for task, other in self._carried.items() if _is_here(other)]
+            if not ours:
+                raise
+            await asyncio.wait(ours, return_when=asyncio.FIRST_COMPLETED)
+            return False
 
     async def _send(self, batch: list[Pending], frame: Sequence[Buffer]) -> bool:
         """Post the frame and hand out its events; False if they must be asked for instead."""
@@ -294,6 +316,11 @@ class Submitter:
         # A trace that has ended by itself, or a server that is gone, needs no cancelling.
         with suppress(NdifError):
             await self._transport.delete(f"/v1/traces/{quoted(name)}")
+
+
+def _is_here(batch: Iterable[Pending]) -> bool:
+    """Whether the server has taken in a batch and not ended all of it."""
+    return any(pending.arrived.is_set() and not pending.reply.done() for pending in batch)
 
 
 def _open(batch: Iterable[Pending]) -> list[Pending]:

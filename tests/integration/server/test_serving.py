@@ -10,6 +10,7 @@ import msgspec
 import numpy as np
 import pytest
 
+from ndif_client import batching, connect
 from ndif_client.wire.frames import encode_frame
 from ndif_client.wire.graph import (
     Apply,
@@ -205,6 +206,27 @@ async def test_a_full_queue_answers_429_with_retry_after_and_recovers(client: Wi
             pass
     again = trace(MODEL, save_layer(0))
     assert (await client.run(again)).done(again)
+
+
+async def test_a_chain_longer_than_the_queue_is_sent_as_room_comes(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batching, "MAX_REQUESTS", 4)  # a POST
+    async with connect(server.url) as session:
+        await session.upload(np.zeros(48, np.float32), "total")
+
+        async with session.chain() as chain:
+            for number in range(1, 31):
+                with chain.trace("x" * number) as step:
+                    total = session.held("total") + session.model.layers[1].resid[0, -1]
+                    total.keep("total")
+                    step.total = total
+
+        rows = [result.total for result in chain.results]
+        last = await session.fetch(session.held("total"))
+    assert len(rows) == 30
+    assert np.array_equal(last, rows[-1])
+    assert len({row.tobytes() for row in map(np.asarray, rows)}) == 30
 
 
 async def test_a_queued_and_a_running_request_can_be_cancelled(client: Wire) -> None:
