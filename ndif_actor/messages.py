@@ -83,6 +83,7 @@ class Group(msgspec.Struct, frozen=True, kw_only=True):
             None for a trace.
         cached: for each sequence of a generation, the pages of the KV cache that already hold the
             beginning of its prompt; all of them are full, and none holds its last token.
+        decoder: what a decoder beside an encoder reads, as `invokes`; of other models empty.
         scope: whose held values it uses and keeps.
         held: what the values are that it uses, by name.
     """
@@ -93,6 +94,7 @@ class Group(msgspec.Struct, frozen=True, kw_only=True):
     sharing: int
     decoding: Decoding | None = None
     cached: list[list[int]] = []
+    decoder: list[list[list[int]]] = []
     scope: str = ""
     held: dict[str, HeldSpec] = {}
 

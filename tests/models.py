@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
     PreTrainedConfig,
     PreTrainedTokenizerFast,
 )
@@ -48,7 +49,7 @@ def _config(name: str, **options: Any) -> Callable[[], PreTrainedConfig]:
 
 _ENCODER: dict[str, Any] = {"num_attention_heads": 4, "intermediate_size": 80}
 
-#: Families by the name tests use. All but the last three can be packed.
+#: Families by the name tests use. All but the last five can be packed.
 CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "llama": _config("LlamaConfig", **_COMMON, **_HEADS),
     "llama6": _config("LlamaConfig", **_COMMON, **_SIX_HEADS),
@@ -93,6 +94,32 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "deberta": _config(
         "DebertaV2Config", **_COMMON, **_ENCODER, relative_attention=True, pos_att_type=["c2p"]
     ),
+    "t5": _config(
+        "T5Config",
+        vocab_size=VOCAB_SIZE,
+        d_model=48,
+        d_kv=12,
+        d_ff=80,
+        num_layers=3,
+        num_decoder_layers=2,
+        num_heads=4,
+        decoder_start_token_id=0,
+        eos_token_id=1,
+        pad_token_id=0,
+    ),
+    "bart": _config(
+        "BartConfig",
+        vocab_size=VOCAB_SIZE,
+        d_model=48,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=80,
+        decoder_ffn_dim=80,
+        max_position_embeddings=64,
+        decoder_start_token_id=1,
+    ),
     "mamba": _config(
         "MambaConfig", vocab_size=VOCAB_SIZE, hidden_size=48, num_hidden_layers=3, state_size=8
     ),
@@ -100,6 +127,9 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
 }
 
 UNPACKABLE = ("deberta", "mamba", "bloom")
+
+#: Families with an encoder and a decoder.
+ENCODER_DECODERS = ("t5", "bart")
 
 #: Families of encoders, in which every token attends to every other.
 ENCODERS = ("bert", "roberta", "modernbert", "deberta")
@@ -114,7 +144,9 @@ def make_model(folder: Path, family: str, dtype: torch.dtype = torch.float32) ->
     if (target / "config.json").is_file():
         return target
     torch.manual_seed(0)
-    auto = AutoModelForMaskedLM if family in ENCODERS else AutoModelForCausalLM
+    auto: Any = AutoModelForMaskedLM if family in ENCODERS else AutoModelForCausalLM
+    if family in ENCODER_DECODERS:
+        auto = AutoModelForSeq2SeqLM
     model = auto.from_config(CONFIGS[family](), dtype=dtype)
     with torch.no_grad():
         for parameter in model.parameters():

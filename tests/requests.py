@@ -43,13 +43,14 @@ from ndif_client.wire.graph import (
 )
 from ndif_client.wire.messages import HeldSpec
 from ndif_client.wire.tensors import TensorSpec, export_array, import_array
-from tests.models import CONFIGS, ENCODERS, UNPACKABLE
+from tests.models import CONFIGS, ENCODER_DECODERS, ENCODERS, UNPACKABLE
 from tests.oracle import Invokes, NeverRan, Oracle, Saved
 
 #: Largest absolute error in float64.
 EXACT = 1e-10
 
-FAMILIES = [f for f in CONFIGS if f not in (*UNPACKABLE, *ENCODERS, "llama6", "qwen3_6")]
+_APART = {*UNPACKABLE, *ENCODERS, *ENCODER_DECODERS, "llama6", "qwen3_6"}
+FAMILIES = [family for family in CONFIGS if family not in _APART]
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
 
@@ -243,7 +244,8 @@ def argument(value: Any) -> Argument:
 class Request:
     """A graph and the prompts it runs on; equal `sharing` lets equal prompts share their rows.
 
-    `held` says what the held values are that it uses.
+    `held` says what the held values are that it uses, `decoder` what a decoder reads beside each
+    prompt.
     """
 
     def __init__(
@@ -252,8 +254,10 @@ class Request:
         invokes: Invokes,
         sharing: int = 0,
         held: dict[str, HeldSpec] | None = None,
+        decoder: Invokes = (),
     ) -> None:
         self.recorder = recorder
+        self.decoder = [[list(ids) for ids in prompts] for prompts in decoder]
         self.held = held or {}
         self.sharing = sharing
         self.invokes = [[list(ids) for ids in prompts] for prompts in invokes]
@@ -267,6 +271,7 @@ class Request:
             invokes=self.invokes,
             graph=replace(own, nodes=nodes),
             sharing=self.sharing,
+            decoder=self.decoder,
             scope="scope",
             held=self.held,
         )

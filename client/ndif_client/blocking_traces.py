@@ -79,10 +79,14 @@ class _Blocking(Generic[TraceT]):
         return self._trace.result
 
     def invoke(
-        self, prompt: Prompt | None = None, *, messages: Messages | None = None
+        self,
+        prompt: Prompt | None = None,
+        *,
+        messages: Messages | None = None,
+        decoder: Prompt | None = None,
     ) -> AbstractContextManager[None]:
         """Add prompts of their own; reads and writes inside of the block are theirs."""
-        return self._trace.invoke(prompt, messages=messages)
+        return self._trace.invoke(prompt, messages=messages, decoder=decoder)
 
     def cancel(self) -> None:
         """End it, wherever it is."""

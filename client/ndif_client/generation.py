@@ -20,7 +20,7 @@ from ndif_client.prompts import Messages, Prompt
 from ndif_client.steps import PREFILL_BLOCK, Block, block_at
 from ndif_client.streaming import Token, TokenLog, TokenStream
 from ndif_client.submission import Pending, Reply
-from ndif_client.trace import Trace, TraceFunction, TraceOptions
+from ndif_client.trace import CommonOptions, Trace, TraceFunction
 from ndif_client.wire.graph import Steps
 from ndif_client.wire.messages import Decoding, Generated, Numerics
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from ndif_client.session import Session
 
 
-class GenerateOptions(DecodingOptions, TraceOptions, total=False):
+class GenerateOptions(DecodingOptions, CommonOptions, total=False):
     """The arguments of `Session.generate` after the first two."""
 
 

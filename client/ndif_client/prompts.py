@@ -16,8 +16,15 @@ Prompt = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | Any
 Messages = Sequence[Mapping[str, str]] | Sequence[Sequence[Mapping[str, str]]]
 
 
-def as_invoke(prompt: Prompt | None, messages: Messages | None = None) -> Invoke:
+def as_invoke(
+    prompt: Prompt | None, messages: Messages | None = None, decoder: Prompt | None = None
+) -> Invoke:
     """Return the invoke for a prompt, or for conversations.
+
+    Args:
+        prompt: one or several.
+        messages: a conversation in their place, or several.
+        decoder: what the decoder of an encoder-decoder model reads, as many as prompts.
 
     Raises:
         GraphError: it is empty, neither text nor token ids, or there are both or neither.
@@ -31,7 +38,12 @@ def as_invoke(prompt: Prompt | None, messages: Messages | None = None) -> Invoke
         raise graph_error("give a prompt or messages=..., not both")
     if len(prompts) > MAX_PROMPTS:
         raise graph_error(f"{len(prompts)} prompts in one invoke; the limit is {MAX_PROMPTS}")
-    return Invoke(prompts)
+    beside = [] if decoder is None else _several(decoder)
+    if decoder is not None and len(beside) != len(prompts):
+        raise graph_error(
+            f"decoder=... has {len(beside)} prompts, the encoder {len(prompts)}; give one for each"
+        )
+    return Invoke(prompts, beside)
 
 
 def as_ids(ids: Any) -> list[int]:

@@ -72,6 +72,7 @@ class Session:
         function: TraceFunction | None = None,
         *,
         messages: Messages | None = None,
+        decoder: Prompt | None = None,
         numerics: Numerics = "fast",
         seed: int | None = None,
         on_progress: OnProgress | None = None,
@@ -87,6 +88,9 @@ class Session:
             messages: in the place of a prompt, a conversation: a list of `{"role": ..., "content":
                 ...}`, or a list of such lists (one batch). The model's own chat template makes the
                 prompt of it, on the server.
+            decoder: of a model with an encoder and a decoder (T5, BART, ...), what the decoder
+                reads beside each prompt: texts, to which the token is added that every decoder
+                begins with, or token ids, taken as they are. By default that token alone.
             numerics: "fast" shares forwards with others, so values may differ by rounding; "solo"
                 takes every forward for itself, and values are the same whoever else is there.
             seed: of the random operations (`ops.randn`, `.dropout`, ...), from 0 to 2**62 - 1: they
@@ -112,6 +116,7 @@ class Session:
             prompt,
             function,
             messages=messages,
+            decoder=decoder,
             numerics=numerics,
             seed=seed,
             on_progress=self._shown(on_progress, progress),

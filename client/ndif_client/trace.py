@@ -59,13 +59,20 @@ if TYPE_CHECKING:
 TraceFunction = Callable[[Any], Any]
 
 
-class TraceOptions(TypedDict, total=False):
-    """The arguments of `Session.trace` after the first two."""
+class CommonOptions(TypedDict, total=False):
+    """What traces and generations have in common."""
 
     messages: Messages | None
     numerics: Numerics
     on_progress: OnProgress | None
     progress: bool
+
+
+class TraceOptions(CommonOptions, total=False):
+    """The arguments of `Session.trace` after the first two."""
+
+    decoder: Prompt | None
+    seed: int | None
 
 
 class Trace:
@@ -88,6 +95,7 @@ class Trace:
         function: TraceFunction | None = None,
         *,
         messages: Messages | None = None,
+        decoder: Prompt | None = None,
         numerics: Numerics = "fast",
         seed: int | None = None,
         on_progress: OnProgress | None = None,
@@ -113,7 +121,9 @@ class Trace:
         self._was_explained = False
         self._submitted_s = 0.0
         if prompt is not None or messages is not None:
-            self._recorder.invokes.append(as_invoke(prompt, messages))
+            self._recorder.invokes.append(as_invoke(prompt, messages, decoder))
+        elif decoder is not None:
+            raise graph_error("decoder=... goes with a prompt, which the encoder reads")
         if function is not None:
             self._record(function)
 
@@ -173,7 +183,11 @@ class Trace:
         self._close(error)
 
     def invoke(
-        self, prompt: Prompt | None = None, *, messages: Messages | None = None
+        self,
+        prompt: Prompt | None = None,
+        *,
+        messages: Messages | None = None,
+        decoder: Prompt | None = None,
     ) -> AbstractContextManager[None]:
         """Add prompts of their own; reads and writes inside of the block are theirs.
 
@@ -182,6 +196,7 @@ class Trace:
         Args:
             prompt: a text, token ids, or a list of either (one batch).
             messages: a conversation in its place, or a list of them.
+            decoder: what the decoder of an encoder-decoder model reads; see `Session.trace`.
 
         Raises:
             GraphError: that is no prompt.
@@ -196,7 +211,7 @@ class Trace:
             )
         if len(recorder.invokes) >= MAX_INVOKES:
             raise graph_error(f"a {self._noun} has at most {MAX_INVOKES} invokes")
-        recorder.invokes.append(as_invoke(prompt, messages))
+        recorder.invokes.append(as_invoke(prompt, messages, decoder))
         return self._invoked(len(recorder.invokes) - 1)
 
     @contextmanager

@@ -256,6 +256,9 @@ class Admission:
         outlook.check_after(request)
         held = outlook.held_by(request)
         prompts = [self._prompts(number, invoke) for number, invoke in enumerate(request.invokes)]
+        decoder = [self._decoder(number, invoke) for number, invoke in enumerate(request.invokes)]
+        if not self._blueprint.has_encoder_and_decoder:
+            decoder = []
         sharing = self._sharing_of(user)
         decoding = request.decoding
         if decoding is not None:
@@ -264,7 +267,8 @@ class Admission:
         graph, own = own_buffers(request.graph, buffers)
         lengths = [[len(prompt.ids) for prompt in invoke] for invoke in prompts]
         steps = 0 if decoding is None else decoding.max_new_tokens
-        price = self._blueprint.check(graph, lengths, own, steps, held)
+        decoder_lengths = [[len(ids) for ids in side] for side in decoder]
+        price = self._blueprint.check(graph, lengths, own, steps, held, decoder_lengths)
         self._check_price(price)
         group = Group(
             request=request.id,
@@ -273,6 +277,7 @@ class Admission:
             sharing=sharing,
             # What the shards have to know are ids: texts are looked for here.
             decoding=None if decoding is None else replace(decoding, stop=[]),
+            decoder=decoder,
             held=held,
         )
         kept = outlook.kept_with(request, price.kept)
@@ -321,14 +326,43 @@ class Admission:
                 ids = self._tokenizer.chat(prompt)
             else:
                 ids = prompt
-            if not ids:
-                raise refused("graph", f"{place} has no tokens")
-            if len(ids) > self._blueprint.max_positions:
-                most = f"the model takes {self._blueprint.max_positions}"
-                raise refused("limit", f"{place} has {len(ids)} tokens; {most}")
-            self._check_ids(ids, place)
+            self._check_prompt(ids, place)
             found.append(PromptTokens(ids, self._tokenizer.pieces(ids)))
         return found
+
+    def _decoder(self, number: int, invoke: Invoke) -> list[list[int]]:
+        """Return what a decoder beside an encoder reads of each prompt of an invoke."""
+        blueprint = self._blueprint
+        if not blueprint.has_encoder_and_decoder:
+            if invoke.decoder:
+                kind = type(blueprint.model).__name__
+                raise refused(
+                    "graph", f"decoder=... needs a model with an encoder; {kind} has none"
+                )
+            return []
+        if invoke.decoder and len(invoke.decoder) != len(invoke.prompts):
+            raise refused("protocol", f"invoke {number} has not one decoder prompt for each prompt")
+        start = blueprint.decoder_start
+        found = []
+        for index, prompt in enumerate(invoke.decoder or [""] * len(invoke.prompts)):
+            place = f"decoder prompt {index} of invoke {number}"
+            if not isinstance(prompt, str):
+                ids = prompt
+            elif start is not None:
+                ids = [start, *self._tokenizer.continuation(prompt)]
+            else:
+                raise refused("graph", f"{place}: no token begins this decoder; give token ids")
+            self._check_prompt(ids, place)
+            found.append(ids)
+        return found
+
+    def _check_prompt(self, ids: list[int], place: str) -> None:
+        most = self._blueprint.max_positions
+        if not ids:
+            raise refused("graph", f"{place} has no tokens")
+        if len(ids) > most:
+            raise refused("limit", f"{place} has {len(ids)} tokens; the model takes {most}")
+        self._check_ids(ids, place)
 
     def _check_length(self, prompts: list[list[PromptTokens]], max_new_tokens: int) -> None:
         """Refuse a generation that the model's positions or the KV cache can't hold."""

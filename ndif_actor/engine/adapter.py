@@ -1,8 +1,8 @@
 """The one module that touches transformers' model classes.
 
-It builds a language model, causal or masked, without weights (on the meta device) or with this
-rank's shard of them, and runs its forward on packed or padded rows. Sharding is transformers' own
-`tp_plan`.
+It builds a language model, causal, masked or encoder-decoder, without weights (on the meta device)
+or with this rank's shard of them, and runs its forward on packed or padded rows. Sharding is
+transformers' own `tp_plan`.
 """
 
 from __future__ import annotations
@@ -17,9 +17,11 @@ import torch
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -172,9 +174,24 @@ def load_shard(
     return _frozen(model)
 
 
-def attends_raggedly(model: PreTrainedModel) -> bool:
-    """Whether the model's attention can be exchanged for the ragged one."""
-    return bool(model._supports_attention_backend)
+def unpackable_reason(model: PreTrainedModel) -> str | None:
+    """Return why a model can't run on a packed row, as far as its class tells."""
+    if has_encoder_and_decoder(model):
+        return "its encoder and its decoder have rows of their own"
+    if not model._supports_attention_backend:
+        return "its attention can't be exchanged for one that keeps packed prompts apart"
+    return None
+
+
+def has_encoder_and_decoder(model: PreTrainedModel) -> bool:
+    """Whether the model reads a prompt with an encoder, and another one with a decoder."""
+    return bool(model.config.is_encoder_decoder)
+
+
+def decoder_start(model: PreTrainedModel) -> int | None:
+    """Return the token that begins what a decoder reads beside an encoder, if it has one."""
+    token: int | None = getattr(model.config, "decoder_start_token_id", None)
+    return token
 
 
 def set_attention(model: PreTrainedModel, *, ragged: bool) -> None:
@@ -196,10 +213,15 @@ def run_packed(model: PreTrainedModel, input_ids: torch.Tensor, position_ids: to
     return _run(model, input_ids, position_ids, mask)
 
 
-def run_alone(model: PreTrainedModel, input_ids: torch.Tensor) -> Any:
+def run_alone(
+    model: PreTrainedModel, input_ids: torch.Tensor, decoder_ids: torch.Tensor | None = None
+) -> Any:
     """Run the model on `[1, sequence]` ids as transformers does when told nothing else."""
     known = inspect.signature(model.forward).parameters
-    return model(input_ids=input_ids, **({"use_cache": False} if "use_cache" in known else {}))
+    options: dict[str, Any] = {"use_cache": False} if "use_cache" in known else {}
+    if decoder_ids is not None:
+        options["decoder_input_ids"] = decoder_ids
+    return model(input_ids=input_ids, **options)
 
 
 def run_padded(
@@ -207,23 +229,41 @@ def run_padded(
     input_ids: torch.Tensor,
     position_ids: torch.Tensor,
     attention_mask: torch.Tensor,
+    decoder: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> Any:
     """Run the model on an ordinary left-padded batch.
 
     Args:
         input_ids: `[batch, sequence]`, int64; `position_ids` likewise.
         attention_mask: `[batch, sequence]`, 1 for real tokens and 0 for padding.
+        decoder: of a model with an encoder and a decoder, the ids and the mask of the latter,
+            `[batch, decoder_sequence]`.
     """
-    return _run(model, input_ids, position_ids, attention_mask)
+    if decoder is None:
+        return _run(model, input_ids, position_ids, attention_mask)
+    ids, mask = decoder
+    return _run(
+        model,
+        input_ids,
+        position_ids,
+        attention_mask,
+        decoder_input_ids=ids,
+        decoder_attention_mask=mask,
+    )
 
 
 def _run(
-    model: PreTrainedModel, input_ids: torch.Tensor, position_ids: torch.Tensor, mask: torch.Tensor
+    model: PreTrainedModel,
+    input_ids: torch.Tensor,
+    position_ids: torch.Tensor,
+    mask: torch.Tensor,
+    **decoder: torch.Tensor,
 ) -> Any:
     known = inspect.signature(model.forward).parameters
     position_ids = position_ids + _first_position(model)
     options = {"position_ids": position_ids, "attention_mask": mask, "use_cache": False}
-    return model(input_ids=input_ids, **{k: v for k, v in options.items() if k in known})
+    options = {name: value for name, value in options.items() if name in known}
+    return model(input_ids=input_ids, **options, **decoder)
 
 
 def logits(output: Any) -> torch.Tensor:
@@ -242,11 +282,16 @@ def shard_factors(model: PreTrainedModel) -> dict[str, int]:
     return factors
 
 
-def _auto_class(config: PreTrainedConfig) -> type[AutoModelForCausalLM | AutoModelForMaskedLM]:
+_Auto = type[AutoModelForCausalLM | AutoModelForMaskedLM | AutoModelForSeq2SeqLM]
+
+
+def _auto_class(config: PreTrainedConfig) -> _Auto:
     """Return what builds a model of this configuration.
 
     Most families of encoders have a causal variant, which a folder must name to get it.
     """
+    if config.is_encoder_decoder and type(config) in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING:
+        return AutoModelForSeq2SeqLM
     if type(config) not in MODEL_FOR_MASKED_LM_MAPPING:
         return AutoModelForCausalLM
     causal: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)

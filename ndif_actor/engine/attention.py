@@ -19,7 +19,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_mask
 
 from ndif_actor.engine.internals import (
     SQUARE,
@@ -430,5 +430,14 @@ def _ragged_mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
     return mask
 
 
+def _eager_mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
+    # Whether a mask that hides nothing can be left out can't be seen without values.
+    if torch.device(kwargs.get("device", "cpu")).type == "meta":
+        kwargs["allow_is_bidirectional_skip"] = False
+    mask: torch.Tensor | None = eager_mask(*args, **kwargs)
+    return mask
+
+
 AttentionInterface.register(IMPLEMENTATION, ragged_attention)
+AttentionMaskInterface.register("eager", _eager_mask)
 AttentionMaskInterface.register(IMPLEMENTATION, _ragged_mask)

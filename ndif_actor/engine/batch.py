@@ -47,6 +47,10 @@ class Rows(Protocol):
     lengths: Sequence[int]
     totals: Sequence[int]
 
+    def shape(self, site: Site) -> tuple[int, ...]:
+        """Return the shape the user sees at a hook point."""
+        ...
+
     def blocks(self) -> list[tuple[int, int]]:
         """Return first row and length of each sequence in the packed row, as it lies now."""
         ...
@@ -98,13 +102,15 @@ class Batch(msgspec.Struct, frozen=True, kw_only=True):
     """One forward's input.
 
     `input_ids` and `position_ids` are `[1, T]` (packed) or `[prompts, longest]` (padded);
-    `attention_mask` is None while packed, `packing` is None otherwise.
+    `attention_mask` is None while packed, `packing` is None otherwise. `decoder` has the ids and
+    the mask that a decoder reads beside an encoder, `[prompts, longest]` of its own.
     """
 
     input_ids: torch.Tensor
     position_ids: torch.Tensor
     attention_mask: torch.Tensor | None = None
     packing: Packing | None = None
+    decoder: tuple[torch.Tensor, torch.Tensor] | None = None
 
 
 class PackedRows:
@@ -128,6 +134,9 @@ class PackedRows:
         self._packing = packing
         self._strands = strands
         self._known: tuple[int, list[Block], bool] | None = None
+
+    def shape(self, site: Site) -> tuple[int, ...]:
+        return site.shape_for(len(self.lengths), max(self.lengths), max(self.totals))
 
     def blocks(self) -> list[tuple[int, int]]:
         return [(block.start, block.length) for block in self._place()[0]]
@@ -207,6 +216,9 @@ class PaddedRows:
         self._prompts = prompts
         self._longest = longest
 
+    def shape(self, site: Site) -> tuple[int, ...]:
+        return site.shape_for(len(self.lengths), max(self.lengths))
+
     def blocks(self) -> list[tuple[int, int]]:
         return []
 
@@ -263,6 +275,33 @@ class PaddedRows:
         if site.batch_axis is None:
             return site.token_axis, site.token_axis + 1
         return site.batch_axis, site.token_axis
+
+
+class EncoderDecoderRows:
+    """The rows of an invoke in an encoder and in a decoder, padded each for itself.
+
+    `lengths` are those of the encoder.
+    """
+
+    def __init__(self, encoder: Rows, decoder: Rows) -> None:
+        self.lengths = self.totals = encoder.lengths
+        self._encoder = encoder
+        self._decoder = decoder
+
+    def shape(self, site: Site) -> tuple[int, ...]:
+        return self._at(site).shape(site)
+
+    def blocks(self) -> list[tuple[int, int]]:
+        return []
+
+    def read(self, tensor: torch.Tensor | Squares, site: Site) -> torch.Tensor:
+        return self._at(site).read(tensor, site)
+
+    def write(self, tensor: torch.Tensor | Squares, site: Site, value: torch.Tensor) -> None:
+        self._at(site).write(tensor, site, value)
+
+    def _at(self, site: Site) -> Rows:
+        return self._decoder if site.in_decoder else self._encoder
 
 
 def pack(
@@ -399,6 +438,21 @@ def pad(groups: TokenIds, device: torch.device) -> tuple[Batch, list[list[Rows]]
         attention_mask=mask.to(device),
     )
     return batch, rows
+
+
+def pad_both(
+    groups: TokenIds, decoder: TokenIds, device: torch.device
+) -> tuple[Batch, list[list[Rows]]]:
+    """Lay out what an encoder and a decoder read as `pad` does, each as a rectangle of its own."""
+    batch, rows = pad(groups, device)
+    other, decoder_rows = pad(decoder, device)
+    assert other.attention_mask is not None
+    both: list[list[Rows]] = [
+        [EncoderDecoderRows(*sides) for sides in zip(*invokes, strict=True)]
+        for invokes in zip(rows, decoder_rows, strict=True)
+    ]
+    decoder_inputs = other.input_ids, other.attention_mask
+    return msgspec.structs.replace(batch, decoder=decoder_inputs), both
 
 
 def padding_mask(lengths: Sequence[int], device: torch.device) -> torch.Tensor:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from itertools import chain, zip_longest
 from pathlib import Path
 
 import msgspec
@@ -55,6 +56,8 @@ class Blueprint:
         config_dtype: dtype its weights were stored in.
         max_positions: longest prompt it can take, in tokens.
         vocab_size: number of token ids it knows.
+        has_encoder_and_decoder: whether a decoder reads something beside each prompt, which begins
+            with the token `decoder_start` by default.
     """
 
     def __init__(self, model: PreTrainedModel, world_size: int) -> None:
@@ -63,6 +66,8 @@ class Blueprint:
         self.table: HookTable = discover(model)
         config = adapter.text_config(model.config)
         self.vocab_size: int = config.vocab_size
+        self.has_encoder_and_decoder = adapter.has_encoder_and_decoder(model)
+        self.decoder_start = adapter.decoder_start(model)
         layers = self.table.layers
         if layers and depth_fault(model, layers, self.vocab_size, torch.device("meta")):
             self.keep_rows()
@@ -126,6 +131,7 @@ class Blueprint:
         buffers: list[memoryview],
         max_new_tokens: int = 0,
         held: Mapping[str, HeldSpec] | None = None,
+        decoder_lengths: Sequence[Sequence[int]] = (),
     ) -> Price:
         """Check that a graph can run on prompts of these lengths, and price it.
 
@@ -135,6 +141,7 @@ class Blueprint:
             buffers: the bytes of its constants.
             max_new_tokens: how many steps a generation may take; 0 for a trace.
             held: what the held values are that it uses, by name.
+            decoder_lengths: tokens that a decoder beside an encoder reads, likewise.
 
         Raises:
             RequestError: it can never run; the fault names the node and the user's line.
@@ -151,9 +158,10 @@ class Blueprint:
         else:
             _refuse_end(graph)
         program = self.compile(graph, len(lengths), num_steps)
-        values = shapes.infer(program, self.model, lengths, num_steps, held)
-        price = shapes.price(program, values, lengths, num_steps)
-        kept = self._bytes_for_backward(program, [n for prompts in lengths for n in prompts])
+        values = shapes.infer(program, self.model, lengths, num_steps, held, decoder_lengths)
+        price = shapes.price(program, values, [*lengths, *decoder_lengths], num_steps)
+        both = zip_longest(chain(*lengths), chain(*decoder_lengths), fillvalue=0)
+        kept = self._bytes_for_backward(program, [max(sides) for sides in both])
         return msgspec.structs.replace(price, value_bytes=price.value_bytes + kept)
 
     @cached_property
@@ -180,8 +188,11 @@ class Blueprint:
         steps = 1 if group.decoding is None else group.decoding.max_new_tokens
         program = self.compile(group.graph, len(group.invokes), steps)
         explanation = explain(request, group, program, self.table.layers, price)
-        lengths = [[len(ids) for ids in prompts] for prompts in group.invokes]
-        values = shapes.infer(program, self.model, lengths, steps, group.held)
+        lengths, decoder_lengths = (
+            [[len(ids) for ids in prompts] for prompts in side]
+            for side in (group.invokes, group.decoder)
+        )
+        values = shapes.infer(program, self.model, lengths, steps, group.held, decoder_lengths)
         known = {**values.decode, **values.prefill}
         infos = [shapes.describe(known.get(number)) for number in range(len(group.graph.nodes))]
         return msgspec.structs.replace(explanation, values=infos)

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from ndif_actor.engine import adapter, shapes
 from ndif_actor.engine.attention import Attended, attending
-from ndif_actor.engine.batch import Batch, Feeding, Packing, pack, pack_prompts, pad
+from ndif_actor.engine.batch import Batch, Feeding, Packing, pack, pack_prompts, pad, pad_both
 from ndif_actor.engine.blueprint import Blueprint
 from ndif_actor.engine.cache import PAGE_TOKENS, KVCache, make_cache
 from ndif_actor.engine.cpu import has_native_half
@@ -234,13 +234,16 @@ class Engine:
         steps = 1 if group.decoding is None else group.decoding.max_new_tokens
         program = self.blueprint.compile(group.graph, len(group.invokes), steps)
         lengths = [[len(ids) for ids in prompts] for prompts in group.invokes]
+        decoder_lengths = [[len(ids) for ids in prompts] for prompts in group.decoder]
         model = self.blueprint.model
         return Execution(
             program,
             self._model,
             buffers,
             Holdings(self._held, group.scope, group.held),
-            infer=lambda step: shapes.infer(program, model, lengths, steps, group.held).at(step),
+            infer=lambda step: shapes.infer(
+                program, model, lengths, steps, group.held, decoder_lengths
+            ).at(step),
         )
 
     # ------------------------------------------------------------ packed
@@ -374,8 +377,12 @@ class Engine:
         if not traces:
             return faults
         (trace,) = traces
-        batch, (own,) = pad([group.invokes for group in groups], self._model.device)
-        if self.unpaddable is not None and len({n for r in own for n in r.lengths}) > 1:
+        (group,) = (group for group in groups if group.request == trace.request)
+        if adapter.has_encoder_and_decoder(self.blueprint.model):
+            batch, (own,) = pad_both([group.invokes], [group.decoder], self._model.device)
+        else:
+            batch, (own,) = pad([group.invokes], self._model.device)
+        if self.unpaddable is not None and (_is_ragged(group.invokes) or _is_ragged(group.decoder)):
             message = (
                 f"all prompts of a trace must have the same number of tokens: {self.unpaddable}"
             )
@@ -389,9 +396,19 @@ class Engine:
         if interleaver.needs_forward:
             assert batch.attention_mask is not None
             with attending(None), interleaver.hooked():
-                adapter.run_padded(model, batch.input_ids, batch.position_ids, batch.attention_mask)
+                adapter.run_padded(
+                    model,
+                    batch.input_ids,
+                    batch.position_ids,
+                    batch.attention_mask,
+                    batch.decoder,
+                )
         differentiate([trace.execution], is_sharded=False)
         return [self._result(trace, kept, None)]
+
+
+def _is_ragged(invokes: Sequence[Sequence[Sequence[int]]]) -> bool:
+    return len({len(ids) for prompts in invokes for ids in prompts}) > 1
 
 
 class _Seen(msgspec.Struct):

@@ -273,8 +273,7 @@ class Execution:
         assert moment is not None
         site = self.program.sites[node.hook]
         rows = self._rows[node.invoke]
-        shape = site.shape_for(len(rows.lengths), max(rows.lengths), max(rows.totals))
-        whole = value.expand(shape)
+        whole = value.expand(rows.shape(site))
         target = moment.writable(node.hook.leaf)
         rows.write(target, site, self._model.slice(node.hook, whole))
 

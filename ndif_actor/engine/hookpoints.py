@@ -16,17 +16,19 @@ import torch
 from transformers import PreTrainedModel
 
 from ndif_actor.engine import adapter
-from ndif_actor.engine.attention import AttentionLayout, Segments, attending
+from ndif_actor.engine.attention import Attended, AttentionLayout, Segments, attending
 from ndif_actor.engine.internals import SQUARE
 from ndif_actor.engine.layers import LayerStack, find_layers
 from ndif_actor.engine.moments import Moment, Recording, recording_moments
 from ndif_actor.errors import ModelError
 from ndif_client.wire.graph import HookPoint
 
-#: (batch, sequence) of the two padded runs, and T of the two packed ones: all different, so that
-#: a size names its axis.
-_PADDED = ((2, 5), (3, 7))
+#: (batch, sequence, decoder sequence) of the two padded runs, and T of the two packed ones: all
+#: different, so that a size names its axis.
+_PADDED = ((2, 5, 8), (3, 7, 12))
 _PACKED = (11, 13)
+
+_IN_DECODER = frozenset(("decoder_sequence", "batch*decoder_sequence"))
 
 #: The padding of a request whose prompts differ in length; readable, never written.
 MASK = HookPoint("", "input", "kwargs.attention_mask")
@@ -37,7 +39,8 @@ class Site(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         order: position of its moment in the forward.
-        shape: as one user sees it: integers, "batch", "sequence" or "batch*sequence".
+        shape: as one user sees it: integers, "batch", "sequence" or "batch*sequence"; in a decoder
+            beside an encoder "decoder_sequence" or "batch*decoder_sequence".
         batch_axis: axis of the prompts, None where batch and sequence are one axis.
         token_axis: axis of the tokens (of both, where they are one).
         packed_shape: as it is in a packed row, with "T" for the tokens; None where a packed row
@@ -56,6 +59,11 @@ class Site(msgspec.Struct, frozen=True, kw_only=True):
     square: bool = False
 
     @property
+    def in_decoder(self) -> bool:
+        """Whether its tokens are those that a decoder reads beside an encoder."""
+        return not _IN_DECODER.isdisjoint(self.shape)
+
+    @property
     def token_bytes(self) -> int:
         """Bytes of one token's share."""
         sizes = (size for size in self.shape if isinstance(size, int))
@@ -66,10 +74,12 @@ class Site(msgspec.Struct, frozen=True, kw_only=True):
 
         Args:
             batch: how many prompts.
-            sequence: tokens of the longest.
+            sequence: tokens of the longest, of those it has: see `in_decoder`.
             keys: how many these attend to, where they have a past; else as many as they are.
         """
-        sizes = {"batch": batch, "sequence": sequence, "batch*sequence": batch * sequence}
+        sizes = {"batch": batch}
+        sizes |= dict.fromkeys(("sequence", "decoder_sequence"), sequence)
+        sizes |= dict.fromkeys(("batch*sequence", "batch*decoder_sequence"), batch * sequence)
         shape = [sizes[n] if isinstance(n, str) else n for n in self.shape]
         if self.square and keys is not None:
             shape[self.token_axis + 1] = keys
@@ -150,11 +160,9 @@ def discover(model: PreTrainedModel) -> HookTable:
         raise ModelError(f"{kind} can't be traced without weights: {error}") from error
     packed: list[Recording] = []
     try:
-        if adapter.attends_raggedly(model):
+        unpackable = adapter.unpackable_reason(model)
+        if unpackable is None:
             packed = [_record(model, _run_packed, tokens) for tokens in _PACKED]
-            unpackable = None
-        else:
-            unpackable = "its attention can't be exchanged for one that keeps packed prompts apart"
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         unpackable = f"its forward fails on a packed row: {error}"
     return _table(padded, packed, unpackable, _attention_paths(model))
@@ -208,9 +216,9 @@ def _site(
     match [shape[axis] for axis in axes]:
         case ["batch", "sequence", "sequence"] if square:
             batch_axis, token_axis = axes[0], axes[1]
-        case ["batch", "sequence"]:
+        case ["batch", "sequence" | "decoder_sequence"]:
             batch_axis, token_axis = axes
-        case ["batch*sequence"]:
+        case ["batch*sequence" | "batch*decoder_sequence"]:
             batch_axis, token_axis = None, axes[0]
         case _:
             return None
@@ -228,8 +236,14 @@ def _site(
 
 def _symbolic(first: torch.Size, second: torch.Size) -> tuple[int | str, ...] | None:
     """Name the axes whose sizes differ between the two padded runs, or None if that fails."""
-    (b0, s0), (b1, s1) = _PADDED
-    names = {(b0, b1): "batch", (s0, s1): "sequence", (b0 * s0, b1 * s1): "batch*sequence"}
+    (b0, s0, d0), (b1, s1, d1) = _PADDED
+    names = {
+        (b0, b1): "batch",
+        (s0, s1): "sequence",
+        (b0 * s0, b1 * s1): "batch*sequence",
+        (d0, d1): "decoder_sequence",
+        (b0 * d0, b1 * d1): "batch*decoder_sequence",
+    }
     if len(first) != len(second):
         return None
     shape: list[int | str] = []
@@ -256,7 +270,7 @@ def _packed_shape(
 # ---------------------------------------------------------------- running and recording
 
 
-def _record(model: PreTrainedModel, run: Callable[..., None], *sizes: int) -> Recording:
+def _record(model: PreTrainedModel, run: Callable[..., object], *sizes: int) -> Recording:
     recording: Recording = {}
     with recording_moments(model, recording), torch.no_grad():
         run(model, *sizes)
@@ -268,13 +282,21 @@ def run(model: PreTrainedModel, tokens: int, *, packed: bool) -> None:
     if packed:
         _run_packed(model, tokens)
     else:
-        _run_padded(model, 1, tokens)
+        _run_padded(model, 1, tokens, tokens)
 
 
-def _run_padded(model: PreTrainedModel, batch: int, sequence: int) -> None:
+def _run_padded(
+    model: PreTrainedModel, batch: int, sequence: int, decoder_sequence: int
+) -> list[Attended]:
+    """Return which modules have attended."""
     ids = torch.zeros(batch, sequence, dtype=torch.long, device="meta")
-    with attending(None):
-        adapter.run_padded(model, ids, ids.clone(), ids.clone())
+    decoder = None
+    if adapter.has_encoder_and_decoder(model):
+        own = torch.zeros(batch, decoder_sequence, dtype=torch.long, device="meta")
+        decoder = own, own.clone()
+    with attending(None) as record:
+        adapter.run_padded(model, ids, ids.clone(), ids.clone(), decoder)
+    return record.attended
 
 
 def _run_packed(model: PreTrainedModel, tokens: int) -> None:
@@ -284,8 +306,6 @@ def _run_packed(model: PreTrainedModel, tokens: int) -> None:
 
 
 def _attention_paths(model: PreTrainedModel) -> frozenset[str]:
-    ids = torch.zeros(1, 2, dtype=torch.long, device="meta")
-    with attending(None) as record, torch.no_grad():
-        adapter.run_padded(model, ids, ids.clone(), ids.clone())
-    attended = {id(one.module) for one in record.attended}
+    with torch.no_grad():
+        attended = {id(one.module) for one in _run_padded(model, 1, 2, 2)}
     return frozenset(path for path, module in model.named_modules() if id(module) in attended)

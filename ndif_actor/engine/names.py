@@ -39,7 +39,8 @@ def standard_names(model: PreTrainedModel, table: HookTable) -> StandardNames:
     ends = {"embed": model.get_input_embeddings(), "unembed": model.get_output_embeddings()}
     root.update({name: paths[module] for name, module in ends.items() if module in paths})
     layers = _layers(model)
-    if layers is None:
+    # Of an encoder and a decoder, neither is "the layers".
+    if layers is None or model.config.is_encoder_decoder:
         return StandardNames(aliases, residual)
     root["layers"] = layers
     norm = _norm_after(model, layers)

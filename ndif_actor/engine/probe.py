@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from ndif_actor.engine import adapter, ops
 from ndif_actor.engine.attention import attending
-from ndif_actor.engine.batch import Feeding, pack, pack_prompts, pad
+from ndif_actor.engine.batch import Feeding, pack, pack_prompts, pad, pad_both
 from ndif_actor.engine.depth import Strand
 from ndif_actor.engine.hookpoints import Site
 from ndif_actor.engine.layers import LayerStack
@@ -141,6 +141,7 @@ def padding_fault(model: PreTrainedModel, vocab_size: int, device: torch.device)
     Raises:
         ModelError: not even a prompt without padding gets the logits it gets alone.
     """
+    # Where there is a decoder too, it reads them backwards.
     long, short = _prompts(vocab_size, (max(_LENGTHS), min(_LENGTHS)))
     alone = [_alone(model, ids, device) for ids in (long, short)]
     unpadded = _padded_logits(model, [long], device)
@@ -164,18 +165,24 @@ def _alone(model: PreTrainedModel, ids: list[int], device: torch.device) -> torc
     """Return the logits `[length, vocabulary]` that transformers gives a prompt by default."""
     adapter.set_attention(model, ragged=False)
     with torch.inference_mode():
-        return _logits(adapter.run_alone(model, torch.tensor([ids], device=device)))[0]
+        decoder = None
+        if adapter.has_encoder_and_decoder(model):
+            decoder = torch.tensor([ids[::-1]], device=device)
+        return _logits(adapter.run_alone(model, torch.tensor([ids], device=device), decoder))[0]
 
 
 def _padded_logits(
     model: PreTrainedModel, prompts: Sequence[list[int]], device: torch.device
 ) -> torch.Tensor:
     """Return the logits `[length, vocabulary]` of the first prompt."""
-    batch, _ = pad([[prompts]], device)
+    if adapter.has_encoder_and_decoder(model):
+        batch, _ = pad_both([[prompts]], [[[ids[::-1] for ids in prompts]]], device)
+    else:
+        batch, _ = pad([[prompts]], device)
     assert batch.attention_mask is not None
     with torch.inference_mode(), attending(None):
         output = adapter.run_padded(
-            model, batch.input_ids, batch.position_ids, batch.attention_mask
+            model, batch.input_ids, batch.position_ids, batch.attention_mask, batch.decoder
         )
     return _logits(output)[0, -len(prompts[0]) :]
 

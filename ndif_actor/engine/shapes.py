@@ -7,6 +7,7 @@ here, at admission, with the user's line.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import msgspec
@@ -87,6 +88,7 @@ def infer(
     lengths: Sequence[Sequence[int]],
     num_steps: int = 1,
     held: Mapping[str, HeldSpec] | None = None,
+    decoder_lengths: Sequence[Sequence[int]] = (),
 ) -> Shapes:
     """Find the shape and dtype of every value.
 
@@ -96,12 +98,14 @@ def infer(
         lengths: tokens of each prompt, per invoke.
         num_steps: steps it may take; 1 for a trace.
         held: what the held values are that it uses.
+        decoder_lengths: what a decoder beside an encoder reads of each prompt, likewise.
 
     Raises:
         RequestError: torch refuses a node, or a write does not fit its hook point.
     """
     graph = program.graph
     shapes = Shapes({}, {})
+    extent = partial(_Extent, lengths, decoder_lengths)
     for step in _representatives(program, num_steps):
         known = shapes.at(step)
         new = shapes.prefill if step == 0 else shapes.decode
@@ -117,7 +121,7 @@ def infer(
                         steps = graph.steps_of(number)
                         # Later steps have ever more keys to attend to: of many, the last has most.
                         past = step and (steps.start if steps.single else num_steps - 1)
-                        value = _infer(node, program, model, _Extent(lengths, past), known)
+                        value = _infer(node, program, model, extent(past), known)
                     if number in program.conditions.deciding:
                         _check_decision(value)
                 except ops.REFUSALS as error:
@@ -291,15 +295,16 @@ def submodule(model: torch.nn.Module, path: str) -> torch.nn.Module:
 
 
 class _Extent(NamedTuple):
-    """Tokens of each prompt, per invoke, and the step: 0 at the prefill."""
+    """Tokens of each prompt, per invoke, also in the decoder, and the step: 0 at the prefill."""
 
     lengths: Sequence[Sequence[int]]
+    decoder_lengths: Sequence[Sequence[int]]
     step: int
 
 
 def _own(program: Program, node: ReadHook | WriteHook, extent: _Extent) -> torch.Tensor:
     site = program.sites[node.hook]
-    mine = extent.lengths[node.invoke]
+    mine = (extent.decoder_lengths if site.in_decoder else extent.lengths)[node.invoke]
     shape = site.shape_for(len(mine), 1 if extent.step else max(mine), max(mine) + extent.step)
     return torch.empty(shape, dtype=site.dtype, device=_META)
 

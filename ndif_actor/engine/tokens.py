@@ -91,10 +91,15 @@ class Tokenizer:
         spaced = text if text[:1].isspace() else f" {text}"
         found = []
         for each in (text, spaced):
-            ids: list[int] = self._tokenizer(each, add_special_tokens=False)["input_ids"]
+            ids = self.continuation(each)
             if ids and ids not in found:
                 found.append(ids)
         return found
+
+    def continuation(self, text: str) -> list[int]:
+        """Return the ids of `text` by itself, without any special token."""
+        ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of `ids` together."""

@@ -361,17 +361,21 @@ class Chat(msgspec.Struct, frozen=True):
     messages: Annotated[list[Message], msgspec.Meta(min_length=1, max_length=MAX_PROMPTS)]
 
 
+_Text = Annotated[str, msgspec.Meta(max_length=4 << 20)]
+_TokenIds = Annotated[list[Index], msgspec.Meta(max_length=MAX_TOKENS)]
+
+
 class Invoke(msgspec.Struct, frozen=True):
-    """The prompts of one invoke: each a text, a list of token ids, or a conversation."""
+    """The prompts of one invoke: each a text, a list of token ids, or a conversation.
+
+    Of a model with an encoder and a decoder, `decoder` is what the latter reads beside each prompt;
+    if it is empty, the token that every decoder begins with.
+    """
 
     prompts: Annotated[
-        list[
-            Annotated[str, msgspec.Meta(max_length=4 << 20)]
-            | Annotated[list[Index], msgspec.Meta(max_length=MAX_TOKENS)]
-            | Chat
-        ],
-        msgspec.Meta(min_length=1, max_length=MAX_PROMPTS),
+        list[_Text | _TokenIds | Chat], msgspec.Meta(min_length=1, max_length=MAX_PROMPTS)
     ]
+    decoder: Annotated[list[_Text | _TokenIds], msgspec.Meta(max_length=MAX_PROMPTS)] = []
 
 
 def references(node: Node) -> list[int]:

@@ -127,6 +127,17 @@ def loaded(pages: int) -> Loaded:
     )
 
 
+async def test_a_model_without_an_encoder_takes_no_decoder_prompts(admission: Admission) -> None:
+    made = TraceRequest(
+        id="abcdefgh", model="m", invokes=[Invoke(["x"], ["y"])], graph=Graph(), decoding=None
+    )
+
+    refusal = await fault(admission, made)
+
+    assert refusal.kind == "graph"
+    assert refusal.message == "decoder=... needs a model with an encoder; LlamaForCausalLM has none"
+
+
 def test_the_cache_is_as_large_as_that_of_the_rank_with_the_least() -> None:
     assert cache_size([loaded(5), loaded(3)], None) == CacheSize(3, 16, "")
     assert "lone" in cache_size([loaded(5)], "a lone wolf").missing
