@@ -121,8 +121,8 @@ def _load(given: argparse.Namespace) -> int:
         print(f"ndif-actor-bench: {line}", file=sys.stderr)
     if interrupted:
         return _complain("interrupted; the loads that were finished are written", _INTERRUPTED)
-    if not any(level.summary.ok for level in run.levels):
-        return _complain("no request had a result", _MISSED)
+    if dead := [level.name for level in run.levels if not level.summary.ok]:
+        return _complain(f"no request had a result with {', '.join(dead)}", _MISSED)
     return _MISSED if missed else 0
 
 

@@ -38,7 +38,7 @@ def cells(level: Level) -> list[str]:
         f"{found.throughput:.3g}",
         f"{found.goodput:.3g}",
         f"{found.attained:.0%}",
-        _errors(found.errors),
+        str(found.failed),
         str(found.forwards),
         f"{found.groups:.1f}",
     ]
@@ -90,6 +90,9 @@ def warnings(run: Run) -> list[str]:
             )
         elif lag is not None and lag.p99 > _LATE_S:
             found.append(f"{level.name}: the harness sent up to {lag.p99:.2g} s late (p99)")
+        errors = [f"{count} {status}" for status, count in level.summary.errors.items()]
+        if errors:
+            found.append(f"{level.name}: without a result {', '.join(errors)}")
         for message, count in level.summary.messages.items():
             found.append(f"{level.name}: {count} x {message}")
     return found
@@ -140,7 +143,3 @@ def _percentiles(found: Percentiles | None) -> list[str]:
 
 def _ms(seconds: float) -> str:
     return f"{1000 * seconds:.3g}" if seconds < 1 else f"{1000 * seconds:.0f}"
-
-
-def _errors(errors: dict[str, int]) -> str:
-    return ", ".join(f"{count} {status}" for status, count in errors.items()) or "0"

@@ -127,7 +127,10 @@ def test_the_page_needs_no_other_file_and_shows_text_as_text() -> None:
 
 
 def test_messages_of_errors_are_shown_as_they_are() -> None:
-    assert warnings(BROKEN) == ["4 users: 1 x <b>oh</b> [red]"]
+    assert warnings(BROKEN) == [
+        "4 users: without a result 1 internal",
+        "4 users: 1 x <b>oh</b> [red]",
+    ]
     assert "<b>oh</b> [red]" in printed(print_run, BROKEN)
 
 
