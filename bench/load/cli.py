@@ -109,13 +109,14 @@ def _load(given: argparse.Namespace) -> int:
         levels=outcome.levels,
     )
     missed = bounds.missed(run.levels)
-    console = Console()
-    print_run(console, run)
     out = given.out or Path(f"load-{began:%Y%m%d-%H%M%S}.json")
     written = _write(out, run, missed, given)
     if given.record is not None:
         write_recording(given.record, outcome.sent, run.server.model)
         written.append(given.record)
+    # After that: whoever reads this may have gone (`| head`), and a run is not soon done again.
+    console = Console()
+    print_run(console, run)
     console.print(f"written: {', '.join(map(str, written))}", highlight=False, soft_wrap=True)
     for line in missed:
         print(f"ndif-actor-bench: {line}", file=sys.stderr)
