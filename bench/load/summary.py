@@ -82,6 +82,8 @@ class Moment(msgspec.Struct, frozen=True):
 class Summary(msgspec.Struct, frozen=True, kw_only=True):
     """A level in numbers: of all requests whose intended time lies in its window.
 
+    Those of the warm-up that were still waiting at its end are among them.
+
     Attributes:
         sent: how many these are.
         ok: of them, those with a result.
@@ -140,7 +142,7 @@ def summarise(rows: Sequence[Row], window: Window, objective_s: float) -> Summar
         objective_s: latency within which a result is good.
     """
     begin_s, end_s = window.warmup_s, window.end_s
-    sent = [row for row in rows if begin_s <= row.intended_s < end_s]
+    sent = [row for row in rows if _counts(row, window)]
     answered = [row for row in sent if row.status == OK]
     came = [row for row in rows if row.status == OK and begin_s <= row.done_s < end_s]
     failed = [row for row in sent if row.status != OK]
@@ -172,6 +174,15 @@ def summarise(rows: Sequence[Row], window: Window, objective_s: float) -> Summar
         curve=_curve(sent),
         occupancy=_occupancy(_forwards([row for row in rows if row.status == OK]), window),
     )
+
+
+def _counts(row: Row, window: Window) -> bool:
+    """Whether a request was to be sent in the window, or has waited through all of it.
+
+    Without the second a user who is stuck since the warm-up would not be seen at all.
+    """
+    stuck = row.intended_s < window.warmup_s and row.done_s >= window.end_s
+    return stuck or window.warmup_s <= row.intended_s < window.end_s
 
 
 def _latency(rows: Sequence[Row]) -> Percentiles | None:

@@ -97,6 +97,15 @@ def test_the_warm_up_is_not_counted() -> None:
     assert found.latency is not None and found.latency.highest == pytest.approx(3.0)
 
 
+def test_a_user_who_is_stuck_since_the_warm_up_is_not_left_out() -> None:
+    window = type(WINDOW)(warmup_s=2.0, duration_s=10.0, drain_s=5.0, timeout_s=60.0)
+
+    found = summarise([row(0.5, 13.0), row(0.6, 16.4, status="unfinished")], window, 2.0)
+
+    assert (found.sent, found.attained, found.throughput) == (2, 0.0, 0.0)
+    assert found.latency is not None and found.latency.p50 == 13.0
+
+
 def test_a_forward_that_many_share_is_counted_once() -> None:
     shared = [row(0.0, 1.0, forward=7, groups=4, forwards=1, run_s=0.5) for _ in range(4)]
     alone = row(1.0, 1.0, forward=8, groups=1, forwards=1, run_s=0.5)
