@@ -18,6 +18,7 @@ from bench.load import scenarios
 from bench.load.asking import Log, Planned
 from bench.load.live import Display
 from bench.load.loops import arrivals, beside, closed, play
+from bench.load.noise import busy_cores
 from bench.load.recording import check_fit, hurried, read_recording
 from bench.load.run import Level, ServerFacts, Settings
 from bench.load.scenarios import Request, Sizes
@@ -133,6 +134,7 @@ class _Load:
 async def _put(
     load: _Load, sessions: Sequence[Session], outcome: Outcome, display: Display
 ) -> Level:
+    busy_before = await busy_cores()
     log, settings = Log(), load.settings
     cpu_s, began_s = time.process_time(), time.perf_counter()
     if settings.loop == "closed":
@@ -149,6 +151,7 @@ async def _put(
         rate=load.rate,
         window=load.window,
         harness_cpu=cpu_s / took_s,
+        busy_before=busy_before,
         summary=summarise(rows, load.window, settings.slo_s),
         requests=rows,
     )

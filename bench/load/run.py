@@ -84,6 +84,8 @@ class Level(msgspec.Struct, frozen=True, kw_only=True):
         window: when it measured.
         harness_cpu: seconds of processor time a second that the harness itself took; near 1, it is
             the harness that is slow.
+        busy_before: cores of the harness's machine that were busy just before, with no request
+            under way; None where that is not known.
         summary: what it comes to.
         requests: every request; None where they were left out.
     """
@@ -92,6 +94,7 @@ class Level(msgspec.Struct, frozen=True, kw_only=True):
     rate: float | None
     window: Window
     harness_cpu: float
+    busy_before: float | None = None
     summary: Summary
     requests: list[Row] | None = None
 

@@ -15,6 +15,9 @@ from bench.load.summary import Percentiles
 #: Above this part of one core, or so many seconds late, it is the harness that was slow.
 _BUSY, _LATE_S = 0.8, 0.1
 
+#: Cores; more than this is not only the system's own.
+_NOISY = 0.25
+
 _LATENCY = ("p50", "p90", "p95", "p99")
 _COLUMNS = (*_LATENCY, "req/s", "good/s", "SLO", "errors", "forwards", "groups")
 
@@ -90,6 +93,11 @@ def warnings(run: Run) -> list[str]:
             )
         elif lag is not None and lag.p99 > _LATE_S:
             found.append(f"{level.name}: the harness sent up to {lag.p99:.2g} s late (p99)")
+        if level.busy_before is not None and level.busy_before > _NOISY:
+            found.append(
+                f"{level.name}: something else used {level.busy_before:.1f} cores of this machine "
+                "just before; if the server is on it, repeat this"
+            )
         errors = [f"{count} {status}" for status, count in level.summary.errors.items()]
         if errors:
             found.append(f"{level.name}: without a result {', '.join(errors)}")

@@ -126,6 +126,13 @@ def test_the_page_needs_no_other_file_and_shows_text_as_text() -> None:
     assert "&lt;tiny&gt;" in page and "4 users: too slow" in page
 
 
+def test_a_machine_that_is_not_quiet_is_told() -> None:
+    noisy = msgspec.structs.replace(QUICK.levels[0], busy_before=1.5)
+
+    assert warnings(QUICK) == []
+    assert "something else used 1.5 cores" in warnings(run(noisy))[0]
+
+
 def test_messages_of_errors_are_shown_as_they_are() -> None:
     assert warnings(BROKEN) == [
         "4 users: without a result 1 internal",

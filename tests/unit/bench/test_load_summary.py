@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bench.load.asking import Row
@@ -26,6 +26,7 @@ ROWS = st.lists(
 )
 
 
+@settings(deadline=None)
 @given(st.lists(SECONDS, min_size=1))
 def test_at_least_the_promised_part_is_within_a_percentile_and_it_was_seen(
     seconds: list[float],
@@ -40,6 +41,7 @@ def test_at_least_the_promised_part_is_within_a_percentile_and_it_was_seen(
     assert found.p50 <= found.p90 <= found.p95 <= found.p99 <= found.highest == max(seconds)
 
 
+@settings(deadline=None)
 @given(ROWS, st.floats(0.01, 20))
 def test_goodput_is_part_of_throughput_and_nothing_is_lost(
     rows: list[Row], objective_s: float
