@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
 
 from bench.load.cli import run_command
+from ndif_ops.bench import main
 
 URL = "http://127.0.0.1:1"
 
@@ -54,3 +56,15 @@ def test_a_file_without_keys_is_refused(tmp_path: Path, capsys: pytest.CaptureFi
 
     assert run_command(["load", URL, "--api-keys", str(tmp_path / "keys")]) == 2
     assert "put one on each line" in capsys.readouterr().err
+
+
+def test_where_the_source_is_missing_the_command_says_where_it_is(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "bench.load.cli", None)
+
+    with pytest.raises(SystemExit) as end:
+        main()
+
+    assert end.value.code == 2
+    assert "pip install -e '.[bench]'" in capsys.readouterr().err
