@@ -158,10 +158,10 @@ def _compare(given: argparse.Namespace) -> int:
 
 def _report(given: argparse.Namespace) -> int:
     run = read_run(given.run)
-    print_run(Console(), run)
     if given.html is not None:
         page = html_page(run, plots.draw_plots(run))
         given.html.write_text(page, encoding="utf-8")
+    print_run(Console(), run)
     return 0
 
 

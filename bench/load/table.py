@@ -29,7 +29,7 @@ PARTS = ("", "queue", "p95", "run", "p95", "transfer", "p95", "late", "harness C
 
 def headings(run: Run) -> list[str]:
     """Return the columns' names of the main table."""
-    return ["users" if run.settings.loop == "closed" else "arrivals", *_COLUMNS]
+    return ["users" if run.settings.loop == "closed" else "rate", *_COLUMNS]
 
 
 def cells(level: Level) -> list[str]:

@@ -141,6 +141,14 @@ def test_messages_of_errors_are_shown_as_they_are() -> None:
     assert "<b>oh</b> [red]" in printed(print_run, BROKEN)
 
 
+def test_a_record_is_shown_again_with_its_page(tmp_path: Path) -> None:
+    write_run(tmp_path / "run.json", without_requests(QUICK))
+    arguments = ["report", str(tmp_path / "run.json"), "--html", str(tmp_path / "run.html")]
+
+    assert run_command(arguments) == 0
+    assert "data:image/png" in (tmp_path / "run.html").read_text(encoding="utf-8")
+
+
 def test_without_matplotlib_the_error_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
