@@ -6,6 +6,7 @@ Knows endpoints and frames; knows nothing of graphs, proxies or results.
 from __future__ import annotations
 
 import asyncio
+import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -15,7 +16,7 @@ import msgspec
 
 from ndif_client.errors import ConnectError, NdifError, ProtocolError, from_fault
 from ndif_client.wire.frames import Buffer, Frame, FrameError, FrameLimits, frame_bytes, read_frame
-from ndif_client.wire.messages import FaultReply
+from ndif_client.wire.messages import SESSION_HEADER, FaultReply
 
 if TYPE_CHECKING:
     import aiohttp
@@ -62,7 +63,9 @@ class Transport:
         self.url = url.rstrip("/")
         self.timeout = timeout
         self._explain = explain
-        self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        self._headers = {SESSION_HEADER: uuid.uuid4().hex}
+        if api_key:
+            self._headers["Authorization"] = f"Bearer {api_key}"
         self._http: aiohttp.ClientSession | None = None
 
     async def open(self) -> None:

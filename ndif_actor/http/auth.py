@@ -12,9 +12,7 @@ from aiohttp import web
 
 from ndif_actor.config import ConfigError
 from ndif_actor.http.faults import HttpFault
-
-#: A client's own name for its session; tells anonymous users apart, for fair turns only.
-SESSION_HEADER = "X-Ndif-Session"
+from ndif_client.wire.messages import SESSION_HEADER
 
 _SESSION = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
 _LINE = re.compile(r"(?P<name>[A-Za-z0-9_.@-]{1,64})\s+(?P<hash>[0-9a-f]{64})")

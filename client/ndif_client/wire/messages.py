@@ -28,6 +28,10 @@ PROTOCOL = 2
 
 MAX_REQUESTS = 1024
 
+#: The HTTP header with a client's own name for its session; tells users without a key apart, for
+#: fair turns only.
+SESSION_HEADER = "X-Ndif-Session"
+
 #: Requests that one may come after.
 MAX_AFTER = 256
 

@@ -73,6 +73,17 @@ async def test_constants_of_traces_sent_together_keep_apart(
     assert sent == [[1, 2], [2, 4], [3, 6]]
 
 
+async def test_sessions_without_a_key_tell_themselves_apart_so_that_each_has_its_turn(
+    server: WireServer,
+) -> None:
+    async with connect(server.url) as one, connect(server.url) as two:
+        await one.models()
+        await two.models()
+
+    assert len(server.sessions) >= 4
+    assert len(set(server.sessions)) == 2
+
+
 async def test_a_result_can_be_awaited_again_and_by_several(
     server: WireServer, live: Session
 ) -> None:

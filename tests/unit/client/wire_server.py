@@ -15,6 +15,7 @@ from aiohttp.test_utils import TestServer
 from ndif_client.wire.frames import FrameLimits, encode_frame, split_frame
 from ndif_client.wire.graph import Save
 from ndif_client.wire.messages import (
+    SESSION_HEADER,
     Completion,
     DetokenizeRequest,
     Done,
@@ -76,6 +77,8 @@ class WireServer:
     """
 
     def __init__(self) -> None:
+        #: the names that sessions give themselves
+        self.sessions: list[str] = []
         self.submissions: list[tuple[Submission, list[memoryview]]] = []
         self.deleted: list[str] = []
         self.asked: list[str] = []
@@ -116,6 +119,7 @@ class WireServer:
             yield self
 
     async def _models(self, request: web.Request) -> web.Response:
+        self.sessions.append(request.headers[SESSION_HEADER])
         if self.api_key and request.headers.get("Authorization") != f"Bearer {self.api_key}":
             return _refusal(401, Fault(kind="auth", message="an API key is needed"))
         tree = make_tree()
