@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +70,15 @@ class PeerProcess:
         Raises:
             PeerError: one of them failed.
         """
-        return msgspec.convert(self._ask({"requests": _plain(requests)}), Answers)
+        return self.run(_plain(requests))
+
+    def run(self, requests: Sequence[Mapping[str, Any]]) -> Answers:
+        """Run requests of whatever kind the script knows, one after another.
+
+        Raises:
+            PeerError: one of them failed.
+        """
+        return msgspec.convert(self._ask({"requests": requests}), Answers)
 
     def crowd(self, requests: Sequence[Sequence[Request]], seconds: float) -> Crowd:
         """Let users ask without pause, each again and again the requests of his own.

@@ -11,6 +11,9 @@ from ndif_client.wire.frames import Buffer
 #: Bytes read ahead; targets at least this large are filled by the socket itself.
 _AHEAD_BYTES = 64 << 10
 
+#: What is shorter is copied rather than waited for, while no more than that is unsent.
+_COPY_BYTES = 64 << 10
+
 
 class ChannelClosed(EOFError):
     """The stream has ended."""
@@ -114,7 +117,12 @@ class ByteChannel(asyncio.BufferedProtocol):
         """
         if self._end is not None or self._transport is None:
             raise self._end or ChannelClosed("the connection is not open")
-        self._transport.writelines(pieces)
+        if sum(map(len, pieces)) <= _COPY_BYTES:
+            self._transport.write(b"".join(pieces))
+            if self._transport.get_write_buffer_size() <= _COPY_BYTES:
+                return
+        else:
+            self._transport.writelines(pieces)
         await self._writable.wait()
         if self._end is not None:
             raise self._end

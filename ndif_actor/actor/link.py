@@ -30,6 +30,10 @@ HEARTBEAT_S = 1.0
 #: Seconds of silence after which a link is dead. Loading weights can hold a peer's loop for long.
 SILENCE_S = 30.0
 
+#: Seconds that who asks stays awake for the answer: to be woken takes a process tens of
+#: microseconds, as long as a small question and its answer take on their way.
+_AWAKE_S = 2e-4
+
 #: Messages received and not yet asked for; then the peer has to wait.
 _BACKLOG = 64
 
@@ -168,13 +172,18 @@ class Link(Generic[MessageT]):
             LinkClosed: the link has ended.
         """
         number = next(self._asks)
-        answer: asyncio.Future[Received[MessageT]] = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+        answer: asyncio.Future[Received[MessageT]] = loop.create_future()
         self._answers[number] = answer
+        late = loop.call_later(timeout_s, _give_up, answer)
         try:
-            async with asyncio.timeout(timeout_s):
-                await self._send(message, buffers, asks=number)
-                return await answer
+            await self._send(message, buffers, asks=number)
+            awake_until = loop.time() + _AWAKE_S
+            while not answer.done() and loop.time() < awake_until:
+                await asyncio.sleep(0)
+            return await answer
         finally:
+            late.cancel()
             del self._answers[number]
 
     async def _send(
@@ -336,6 +345,11 @@ class Link(Generic[MessageT]):
         task = asyncio.get_running_loop().create_task(work, name=name)
         self._background.add(task)
         task.add_done_callback(self._background.discard)
+
+
+def _give_up(answer: asyncio.Future[Any]) -> None:
+    if not answer.done():
+        answer.set_exception(TimeoutError())
 
 
 def _current_task() -> asyncio.Task[Any] | None:

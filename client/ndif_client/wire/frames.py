@@ -138,12 +138,11 @@ async def read_frame(source: ByteSource, limits: FrameLimits) -> Frame:
     head = bytearray(PRELUDE_BYTES)
     await source.read_into(memoryview(head))
     prelude = decode_prelude(head, limits)
-    rest = bytearray(prelude.table_bytes)
+    rest = memoryview(bytearray(prelude.table_bytes + prelude.header_bytes))
     if rest:
-        await source.read_into(memoryview(rest))
-    sizes = decode_table(prelude, rest, limits)
-    header = bytearray(prelude.header_bytes)
-    await source.read_into(memoryview(header))
+        await source.read_into(rest)
+    sizes = decode_table(prelude, rest[: prelude.table_bytes], limits)
+    header = rest[prelude.table_bytes :]
     buffers = []
     for size in sizes:
         buffer = memoryview(bytearray(size))

@@ -1,0 +1,174 @@
+"""Two actors of ours, each in a process of its own, and what is sent between them.
+
+The asker lives in the process that holds a `Pair`; the other actor in one that it starts. Both run
+the event loop that the server runs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import multiprocessing
+import secrets
+import tempfile
+import time
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+#: Distance of the bytes that whoever receives memory reads: one of each page.
+PAGE_BYTES = 4096
+
+#: Seconds. Between two calls the asker's loop stands still, and shows no sign of life.
+_SILENCE_S = 3600.0
+
+
+class Take(msgspec.Struct, frozen=True, tag="take"):
+    """Read the buffer that comes with this, and say so if that is wanted."""
+
+    answer: bool
+
+
+class Give(msgspec.Struct, frozen=True, tag="give"):
+    """Send that many bytes back."""
+
+    num_bytes: int
+
+
+class Told(msgspec.Struct, frozen=True, tag="told"):
+    """How many messages were told so far, and a sum of what was read."""
+
+    messages: int
+    total: int
+
+
+Spoken = Take | Give | Told
+
+
+class Pair:
+    """An actor in this process that asks, and one in another that answers."""
+
+    def __init__(self) -> None:
+        import uvloop
+
+        self._folder = tempfile.TemporaryDirectory(prefix="ndif-links-")
+        path = str(Path(self._folder.name) / "link")
+        secret = secrets.token_bytes(32)
+        context = multiprocessing.get_context("spawn")
+        ready, told = context.Pipe(duplex=False)
+        self._process = context.Process(target=_answer, args=(path, secret, told), daemon=True)
+        self._process.start()
+        told.close()  # so that the end of the process ends the waiting too
+        ready.recv_bytes()
+        self._loop = uvloop.new_event_loop()
+        self._link: Any = self._loop.run_until_complete(_connect(path, secret))
+
+    def there(self, num_bytes: int, calls: int) -> float:
+        """Ask the actor to read an array of ours; return the mean seconds of one call."""
+        return self._timed(self._there(_array(num_bytes), calls)) / calls
+
+    def back(self, num_bytes: int, calls: int) -> float:
+        """Ask the actor for an array and read it; return the mean seconds of one call."""
+        return self._timed(self._back(num_bytes, calls)) / calls
+
+    def tell(self, num_bytes: int, calls: int) -> float:
+        """Send arrays without waiting, until the last was read; return the seconds of each."""
+        return self._timed(self._tell(_array(num_bytes), calls)) / calls
+
+    def close(self) -> None:
+        """End both."""
+        self._loop.run_until_complete(self._link.close())
+        self._loop.close()
+        self._process.join()
+        self._folder.cleanup()
+
+    def _timed(self, work: Any) -> float:
+        began = time.perf_counter()
+        self._loop.run_until_complete(work)
+        return time.perf_counter() - began
+
+    async def _there(self, array: Any, calls: int) -> None:
+        for _ in range(calls):
+            answer = await self._link.ask(Take(True), [self._shared(array)], timeout_s=60)
+            answer.release()
+
+    async def _back(self, num_bytes: int, calls: int) -> None:
+        for _ in range(calls):
+            answer = await self._link.ask(Give(num_bytes), timeout_s=60)
+            read(answer.buffers[0])
+            answer.release()
+
+    async def _tell(self, array: Any, calls: int) -> None:
+        for _ in range(calls):
+            await self._link.send(Take(False), [self._shared(array)])
+        answer = await self._link.ask(Told(0, 0), timeout_s=60)
+        answer.release()
+
+    def _shared(self, array: Any) -> memoryview:
+        return _copy(self._link, array)
+
+
+def read(memory: Any) -> int:
+    """Read one byte of each page of an array or buffer; return their sum."""
+    import numpy
+
+    return int(numpy.frombuffer(memory, numpy.uint8)[::PAGE_BYTES].sum())
+
+
+def _array(num_bytes: int) -> Any:
+    import numpy
+
+    return numpy.ones(num_bytes, numpy.uint8)
+
+
+def _copy(link: Any, array: Any) -> memoryview:
+    import numpy
+
+    memory: memoryview = link.allocate(array.nbytes)
+    numpy.frombuffer(memory, numpy.uint8)[:] = array
+    return memory
+
+
+async def _connect(path: str, secret: bytes) -> Any:
+    from ndif_actor.actor.handshake import Address, connect
+
+    return await connect(Address(path=path), secret, Spoken, silence_s=_SILENCE_S)
+
+
+def _answer(path: str, secret: bytes, told: Connection) -> None:
+    """Run the other actor until the link ends."""
+    import uvloop
+
+    uvloop.run(_serve(path, secret, told))
+
+
+async def _serve(path: str, secret: bytes, told: Connection) -> None:
+    from ndif_actor.actor.handshake import Address, serve
+
+    ended = asyncio.Event()
+    arrays: dict[int, Any] = {}
+
+    async def answer(link: Any) -> None:
+        messages = total = 0
+        async for received in link:
+            message = received.message
+            match message:
+                case Take(answer=wanted):
+                    messages, total = messages + 1, total + read(received.buffers[0])
+                    if wanted:
+                        await received.reply(Told(messages, total))
+                case Give(num_bytes=size):
+                    if size not in arrays:
+                        arrays[size] = _array(size)
+                    await received.reply(message, [_copy(link, arrays[size])])
+                case Told():
+                    await received.reply(Told(messages, total))
+            received.release()
+        await link.close()
+        ended.set()
+
+    server, _ = await serve(Address(path=path), secret, Spoken, answer, silence_s=_SILENCE_S)
+    told.send_bytes(b"ready")
+    await ended.wait()
+    server.close()
