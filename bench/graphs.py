@@ -49,3 +49,25 @@ def touch(points: Sequence[HookPoint], save: bool) -> Graph:
             one = Items([Dots(), 0, 0])
             nodes += [Apply("getitem", [value, one]), Save(Ref(len(nodes)))]
     return Graph(nodes=nodes)
+
+
+def arithmetic(points: Sequence[HookPoint], size: int) -> Graph:
+    """Return a graph of `size` nodes that adds up means of what it reads, and saves the sum.
+
+    Args:
+        points: hook points whose values have at least one axis, in the order they fire; they are
+            read evenly spread, and several times where there are too few.
+        size: 6 at least.
+    """
+    count = (size - 2) // 3
+    chosen = [points[number * len(points) // count] for number in range(count)]
+    nodes: list[Node] = []
+    total: Ref | None = None
+    for point in chosen:
+        nodes += [ReadHook(point), Apply("mean", [Ref(len(nodes))])]
+        own = Ref(len(nodes) - 1)
+        nodes.append(Apply("add", [own, own if total is None else total]))
+        total = Ref(len(nodes) - 1)
+    assert total is not None
+    nodes += [Apply("neg", [total])] * (size - len(nodes) - 1)
+    return Graph(nodes=[*nodes, Save(total)])

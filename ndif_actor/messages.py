@@ -170,7 +170,7 @@ class GroupResult(msgspec.Struct, frozen=True, kw_only=True):
     """What one group made in a pass, or why it failed; bytes are buffers of the same frame.
 
     `tokens` has an entry for each sequence of a generation: the sampled token, or None; if
-    `has_ended`, its graph wants them to be the last.
+    `has_ended`, its graph wants them to be the last. `kept` are the names it has kept so far.
     """
 
     request: str
@@ -178,6 +178,7 @@ class GroupResult(msgspec.Struct, frozen=True, kw_only=True):
     tuples: list[SavedTuple] = []
     tokens: list[int | None] = []
     has_ended: bool = False
+    kept: list[str] = []
     fault: Fault | None = None
 
 

@@ -110,10 +110,11 @@ class Proxy(Value, MethodTypes):
                 default it has none, and stays as long as the handle does.
 
         Returns:
-            What stands for it in later traces; it is there when this one has ended well.
+            What stands for it in later traces; it is there when this one has ended well. Of a value
+            that a generation makes at several steps, that is the last one made.
 
         Raises:
-            GraphError: this is a generation, or it keeps another value as that.
+            GraphError: it is made in an edit or in some cases only, or another is kept as that.
         """
         holder = self._recorder.holder
         assert holder is not None, "every session has one"

@@ -535,8 +535,10 @@ class Recorder:
     def keep(self, node: int, name: str) -> None:
         """Record that a value is to be held on the server as `name`, when all has gone well.
 
+        Of a value that is made at several steps, that of the last is held.
+
         Raises:
-            GraphError: this is a generation, or it keeps another value as that.
+            GraphError: it is made in an edit or in some cases only, or another is kept as that.
         """
         if self.edits:
             raise graph_error("nothing stays from an edit, so nothing can be kept in it")
@@ -545,17 +547,12 @@ class Recorder:
                 "what is kept must be made in any case, so it can't be kept in a `when` block; "
                 "keep what trace.choose(...) gives"
             )
-        if self.generates:
-            raise graph_error(
-                "a generation can't keep values: save this one, and upload it, or keep it in a "
-                "trace"
-            )
         if name in self._keeps:
             raise graph_error(
                 f"this trace keeps another value as {name!r} already",
                 other=self.source_of(self._keeps[name]),
             )
-        self._keeps[name] = self.add(Keep(Ref(node), name))
+        self._keeps[name] = self.add(Keep(Ref(node), name), block=self._blocks[node])
 
     def save(self, node: int) -> int:
         """Record that a value is to be sent back, once; return the number of the save.

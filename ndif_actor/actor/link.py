@@ -179,7 +179,7 @@ class Link(Generic[MessageT]):
         try:
             await self._send(message, buffers, asks=number)
             awake_until = loop.time() + _AWAKE_S
-            while not answer.done() and loop.time() < awake_until:
+            while not answer.done() and loop.time() < awake_until:  # noqa: ASYNC110
                 await asyncio.sleep(0)
             return await answer
         finally:

@@ -300,7 +300,7 @@ class Admission:
             ),
         )
         completions = [self._completion(decoding) for _ in ids]
-        return Prepared(ticket, group, own, prompts, completions, kept=kept), price
+        return Prepared(ticket, group, own, prompts, completions, price.kept, kept), price
 
     def _sharing_of(self, user: str) -> int:
         if self._share_prefixes:

@@ -405,7 +405,7 @@ class Coordinator:
                 if job.id in failed:  # those that come after it have to be told why
                     self.ledger.end(job, step.last)
                 else:
-                    self._held.commit(job.id)
+                    self._held.commit(job.id, step.kept)
             # The next pass starts before this one's results are handed out.
             self._tell(
                 events.PassFinished(start.sequence, grown, tuple(ended), tuple(sorted(failed)))

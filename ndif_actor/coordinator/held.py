@@ -127,13 +127,17 @@ class HeldRegistry:
         self._reservations[request] = _Reservation(found, keeps)
         return found.scope
 
-    def commit(self, request: str) -> None:
-        """Note that a request has ended well: what it keeps is held from now on."""
+    def commit(self, request: str, kept: Iterable[str]) -> None:
+        """Note that a request has ended well: what it has kept is held from now on.
+
+        A generation that ends early may have kept less than it has reserved.
+        """
         reservation = self._reservations.get(request)
-        if reservation is None or not reservation.keeps or reservation.session.is_dropped:
+        names = list(kept)
+        if reservation is None or not names or reservation.session.is_dropped:
             return
-        for name, spec in reservation.keeps.items():
-            self._change(reservation.session, name, held=spec)
+        for name in names:
+            self._change(reservation.session, name, held=reservation.keeps[name])
             reservation.session.lost.discard(name)
         self._kept.append(request)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Literal
 
@@ -148,11 +149,13 @@ class Progress(msgspec.Struct, frozen=True, kw_only=True):
         grown: of a generation that goes on, for the scheduler.
         generated: its new tokens, for the client.
         last: its last event, if it has ended.
+        kept: the names that it has kept, if it has ended well.
     """
 
     grown: Grown | None = None
     generated: Generated | None = None
     last: Outgoing | None = None
+    kept: Sequence[str] = ()
 
 
 def advance(job: Job, report: PassReport, now: float) -> Progress:
@@ -183,7 +186,8 @@ def _advance(job: Job, report: PassReport, now: float) -> Progress:
     except ValueError as error:
         return _failed(job, "limit", str(error))
     if not job.generates:
-        return Progress(last=_done(job, job.prepared, job.statistics, []))
+        last = _done(job, job.prepared, job.statistics, [])
+        return Progress(last=last, kept=found[0].kept)
     completions = job.prepared.completions
     if len(found[0].tokens) != len(completions):
         return _failed(job, "internal", "the shards returned no tokens for this request")
@@ -205,7 +209,8 @@ def _advance(job: Job, report: PassReport, now: float) -> Progress:
         )
     finished = tuple(completion.finish is not None for completion in completions)
     if all(finished):
-        return Progress(generated=generated, last=_completed(job, job.prepared, job.statistics))
+        last = _completed(job, job.prepared, job.statistics)
+        return Progress(generated=generated, last=last, kept=found[0].kept)
     return Progress(
         grown=Grown(job.id, tuple(found[0].tokens), finished),
         generated=generated,

@@ -142,13 +142,6 @@ def check_keeps(request: TraceRequest) -> None:
             raise refused("protocol", "held values belong to a session, and this request has none")
         if isinstance(node, Held):
             continue
-        if request.decoding is not None:
-            raise _fault(
-                request.graph,
-                number,
-                "a generation can't keep values: save this one, and upload it, or keep it in a "
-                "trace",
-            )
         if node.name in names:
             raise _fault(
                 request.graph,

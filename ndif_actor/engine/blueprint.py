@@ -6,7 +6,7 @@ Owned by the coordinator; the shards build the same one, so both agree on every 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import chain, zip_longest
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from ndif_actor.engine.checks import graph_fault
 from ndif_actor.engine.explain import explain
 from ndif_actor.engine.hookpoints import HookTable, discover
 from ndif_actor.engine.internals import PORTS
+from ndif_actor.engine.keeping import specs_kept
 from ndif_actor.engine.probe import depth_fault, stale_operations
 from ndif_actor.engine.program import Program, compile_graph
 from ndif_actor.engine.retention import Retention, measure
@@ -158,11 +159,15 @@ class Blueprint:
         else:
             _refuse_end(graph)
         program = self.compile(graph, len(lengths), num_steps)
-        values = shapes.infer(program, self.model, lengths, num_steps, held, decoder_lengths)
+        infer = partial(
+            shapes.infer, program, self.model, lengths, num_steps, held, decoder_lengths
+        )
+        values = infer()
         price = shapes.price(program, values, [*lengths, *decoder_lengths], num_steps)
+        specs = specs_kept(program, values, lambda: infer(at_last=False))
         both = zip_longest(chain(*lengths), chain(*decoder_lengths), fillvalue=0)
-        kept = self._bytes_for_backward(program, [max(sides) for sides in both])
-        return msgspec.structs.replace(price, value_bytes=price.value_bytes + kept)
+        retained = self._bytes_for_backward(program, [max(sides) for sides in both])
+        return msgspec.structs.replace(price, value_bytes=price.value_bytes + retained, kept=specs)
 
     @cached_property
     def _retention(self) -> Retention:

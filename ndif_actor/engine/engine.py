@@ -364,6 +364,7 @@ class Engine:
             tuples=kept.tuples,
             tokens=[] if fault is not None else made,
             has_ended=member.execution.has_ended,
+            kept=list(member.execution.holdings.kept),
             fault=fault,
         )
 

@@ -78,7 +78,8 @@ class Holdings:
         value = self._store.find(self.scope, name)
         if value is None:
             raise LookupError(
-                f"{name!r} is not held any more: it was dropped, or lost when the model restarted"
+                f"{name!r} is not held any more: it was dropped, or lost when the model restarted; "
+                "or it never was, as the generation that was to keep it ended before that"
             )
         found, checked = spec_of(value), self.specs[name]
         if found != checked:

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from ndif_actor.engine import ops
 from ndif_actor.engine.checks import graph_fault
-from ndif_actor.engine.held import from_spec, spec_of
+from ndif_actor.engine.held import from_spec
 from ndif_actor.engine.program import Program
 from ndif_client.wire.catalogue import ALIASES, CATALOGUE
 from ndif_client.wire.graph import (
@@ -89,6 +89,8 @@ def infer(
     num_steps: int = 1,
     held: Mapping[str, HeldSpec] | None = None,
     decoder_lengths: Sequence[Sequence[int]] = (),
+    *,
+    at_last: bool = True,
 ) -> Shapes:
     """Find the shape and dtype of every value.
 
@@ -99,6 +101,8 @@ def infer(
         num_steps: steps it may take; 1 for a trace.
         held: what the held values are that it uses.
         decoder_lengths: what a decoder beside an encoder reads of each prompt, likewise.
+        at_last: of what repeats after the prefill, the last; later steps have ever more keys to
+            attend to. Otherwise the first.
 
     Raises:
         RequestError: torch refuses a node, or a write does not fit its hook point.
@@ -119,8 +123,8 @@ def infer(
                         value: Any = from_spec((held or {})[node.name])
                     else:
                         steps = graph.steps_of(number)
-                        # Later steps have ever more keys to attend to: of many, the last has most.
-                        past = step and (steps.start if steps.single else num_steps - 1)
+                        last = num_steps - 1 if at_last and not steps.single else steps.start
+                        past = step and max(1, last)
                         value = _infer(node, program, model, extent(past), known)
                     if number in program.conditions.deciding:
                         _check_decision(value)
@@ -136,7 +140,6 @@ def price(
 ) -> Price:
     """Add up what a program makes and saves."""
     saved = tensors = value_bytes = flops = 0
-    kept: dict[str, HeldSpec] = {}
     decode = shapes.at(1)
     for number, node in enumerate(program.graph.nodes):
         later = _count(program.graph.steps_of(number), num_steps)
@@ -148,8 +151,7 @@ def price(
         if isinstance(node, Held):
             continue  # it is there already
         if isinstance(node, Keep):
-            kept[node.name] = spec_of(own[0][0][node.value.node])
-            value_bytes += _bytes(own[0][0][node.value.node])
+            value_bytes += _bytes(own[-1][0][node.value.node])
             continue
         if isinstance(node, Save):
             saved += sum(_bytes(known[node.value.node]) * times for known, _, times in own)
@@ -163,7 +165,6 @@ def price(
         saved_tensors=tensors,
         value_bytes=value_bytes,
         flops=flops,
-        kept=kept,
     )
 
 

@@ -26,9 +26,25 @@ def size(nbytes: int) -> TensorSpec:
 def keep(held: HeldRegistry, request: str, user: str = "ann", **values: HeldSpec) -> str:
     """Let a request keep values, and end well."""
     scope = held.reserve(request, user, "session-1", values, 0.0)
-    held.commit(request)
+    held.commit(request, values)
     held.release(request, 0.0)
     return scope
+
+
+def test_of_what_a_generation_reserves_only_that_is_held_which_it_has_kept() -> None:
+    held = registry()
+    held.reserve("a", "ann", "session-1", {"early": size(MB), "late": size(MB)}, 0.0)
+
+    held.commit("a", ["early"])
+    held.release("a", 0.0)
+
+    assert set(held.known("ann", "session-1", 0.0).held) == {"early"}
+    assert held.held_bytes("ann") == MB
+    assert held.take_changes() == Settle(["a"], [])
+    held.reserve("b", "ann", "session-1", {"late": size(MB)}, 0.0)
+    held.commit("b", [])
+    held.release("b", 0.0)
+    assert held.take_changes() is None
 
 
 def test_what_a_request_keeps_is_known_when_it_has_ended_well() -> None:
@@ -36,7 +52,7 @@ def test_what_a_request_keeps_is_known_when_it_has_ended_well() -> None:
     scope = held.reserve("a", "ann", "session-1", {"w": size(MB)}, 0.0)
     assert held.known("ann", "session-1", 0.0).held == {}
 
-    held.commit("a")
+    held.commit("a", ["w"])
     held.release("a", 0.0)
 
     assert held.known("ann", "session-1", 0.0).held == {"w": size(MB)}
@@ -92,7 +108,7 @@ def test_values_that_replace_each_other_count_once() -> None:
     assert held.held_bytes("ann") == MB + 9
 
     for number in range(10):
-        held.commit(f"r{number}")
+        held.commit(f"r{number}", ["w"])
         held.release(f"r{number}", 0.0)
     assert held.held_bytes("ann") == MB + 9
 
@@ -124,7 +140,7 @@ def test_what_a_dropped_session_was_about_to_keep_is_not_kept() -> None:
     held.take_changes()
     fresh = held.reserve("b", "ann", "session-1", {"w": size(10)}, 0.0)
 
-    held.commit("a")
+    held.commit("a", ["w"])
     held.release("a", 0.0)
 
     assert held.take_changes() is None
@@ -156,7 +172,7 @@ def test_a_lost_replica_loses_everything_and_it_is_remembered_what() -> None:
     assert (known.held, known.lost) == ({}, {"w", "v"})
     assert held.take_changes() is None
     assert held.held_bytes("ann") == LEAST_BYTES
-    held.commit("queued")
+    held.commit("queued", ["later"])
     held.release("queued", 0.0)
     keep(held, "b", w=size(1))
     assert held.known("ann", "session-1", 0.0).lost == {"v"}
@@ -176,7 +192,7 @@ def test_a_lost_replica_loses_everything_and_it_is_remembered_what() -> None:
 )
 def test_the_count_of_bytes_never_drifts(steps: list[tuple[str, int, str, int]]) -> None:
     held = registry()
-    open_requests: set[str] = set()
+    open_requests: dict[str, str] = {}
     for what, number, name, nbytes in steps:
         request, user = f"r{number}", "ann" if number % 2 else "bob"
         if what == "reserve" and request not in open_requests:
@@ -184,12 +200,12 @@ def test_the_count_of_bytes_never_drifts(steps: list[tuple[str, int, str, int]])
                 held.reserve(request, user, "session-1", {name: size(nbytes)}, 0.0)
             except RequestError:
                 continue
-            open_requests.add(request)
+            open_requests[request] = name
         elif what == "commit" and request in open_requests:
-            held.commit(request)
+            held.commit(request, [open_requests[request]] if nbytes % 2 else [])
         elif what == "release":
             held.release(request, 0.0)
-            open_requests.discard(request)
+            open_requests.pop(request, None)
         elif what == "drop":
             held.drop(user, "session-1", [name], 0.0)
         elif what == "drop_session":
