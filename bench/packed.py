@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import time
 from pathlib import Path
 from typing import Any
 
 from bench.prompts import Request
+from ndif_client.wire.graph import HookPoint
 
 
 class PackedModel:
@@ -27,6 +29,9 @@ class PackedModel:
 
         self._engine = Engine.load(Path(folder), dtype=dtype, device="cpu", rank=0, world_size=1)
         self._tokenizer = Tokenizer.load(Path(folder))
+        # As a shard does, or collections would run in the midst of a forward.
+        gc.collect()
+        gc.freeze()
 
     def together(self, requests: list[Request], logits: bool) -> float:
         """Run all requests in one forward; return its seconds.
@@ -39,20 +44,29 @@ class PackedModel:
 
         return self._seconds(requests, [save_layer(r.layer, logits) for r in requests])
 
-    def touching(self, requests: list[Request], points: int, save: bool) -> float:
+    def places(self, count: int) -> list[tuple[str, str]]:
+        """Return modules, each with "input" or "output", evenly spread over the model."""
+        sites = self._engine.blueprint.table.sites.values()
+        inner = [s.point for s in sites if s.batch_axis is not None and _is_of_a_module(s.point)]
+        return [
+            (point.path, point.port)
+            for point in (inner[i * len(inner) // count] for i in range(count))
+        ]
+
+    def touching(self, requests: list[Request], places: list[tuple[str, str]], save: bool) -> float:
         """Run all requests in one whole forward; return its seconds.
 
         Args:
             requests: their layers don't matter.
-            points: hook points that each reads besides the logits, evenly spread over the model.
+            places: hook points that each reads besides the logits, some of `places`.
             save: save one number at each.
         """
         from bench.graphs import touch
 
-        sites = self._engine.blueprint.table.sites.values()
-        inner = [s.point for s in sites if s.batch_axis is not None and s.point.path]
-        chosen = [inner[i * len(inner) // points] for i in range(points)]
-        return self._seconds(requests, [touch(chosen, save)] * len(requests))
+        sites = self._engine.blueprint.table.sites
+        by_place = {(p.path, p.port): p for p in sites if _is_of_a_module(p)}
+        graph = touch([by_place[path, port] for path, port in places], save)
+        return self._seconds(requests, [graph] * len(requests))
 
     def _seconds(self, requests: list[Request], graphs: list[Any]) -> float:
         from ndif_actor.messages import Group, RunPass
@@ -74,6 +88,12 @@ class PackedModel:
         if faults:
             raise RuntimeError(f"a request failed: {faults[0].message}")
         return elapsed
+
+
+def _is_of_a_module(point: HookPoint) -> bool:
+    """Whether it is the one tensor that a module takes or returns, which a hook sees too."""
+    simple = point.leaf in ("", "args.0") and not point.operation and not point.call
+    return simple and bool(point.path) and point.port in ("input", "output")
 
 
 def _memory(num_bytes: int) -> memoryview:

@@ -52,6 +52,40 @@ class BareModel:
             seconds.append(time.perf_counter() - began)
         return seconds
 
+    def touching(self, request: Request, places: list[tuple[str, str]], kind: str) -> float:
+        """Run a request with hooks on modules; return its seconds.
+
+        Args:
+            request: its layer doesn't matter.
+            places: modules, each with "input" or "output".
+            kind: "saved" to take a number out of each value, anything else to do nothing.
+        """
+        kept: list[Any] = []
+
+        def touch(value: Any) -> None:
+            kept.append(value[..., 0, 0].clone() if kind == "saved" else value)
+
+        def before(module: Any, inputs: Any) -> None:
+            touch(inputs[0])
+
+        def after(module: Any, inputs: Any, output: Any) -> None:
+            touch(output if isinstance(output, self._torch.Tensor) else output[0])
+
+        (ids,) = self._ids([request])
+        hooks = []
+        began = time.perf_counter()
+        for path, port in places:
+            module = self._model.get_submodule(path)
+            if port == "input":
+                hooks.append(module.register_forward_pre_hook(before))
+            else:
+                hooks.append(module.register_forward_hook(after))
+        with self._torch.inference_mode():
+            self._model(ids)
+        for hook in hooks:
+            hook.remove()
+        return time.perf_counter() - began
+
     def saved(self, request: Request) -> list[float]:
         """Return the values that a request saves, flattened."""
         (ids,) = self._ids([request])

@@ -1,8 +1,7 @@
-"""One packed forward of the engine beside as many bare forwards; and what a hook point costs.
+"""One packed forward of the engine beside as many bare forwards.
 
 The upper bound of `bench.load.shared_forward`: no server, client or wire. Both sides run in
-processes of their own. The cost of a hook point is the time that a forward takes longer when its
-requests read many of them, per point and request.
+processes of their own.
 """
 
 from __future__ import annotations
@@ -12,15 +11,12 @@ from typing import Annotated
 
 import typer
 
-from bench.measure import Figure, alternate, differences, ratios, scaled, spread
+from bench.measure import Figure, alternate, ratios, spread
 from bench.packed import PackedModel
 from bench.prompts import draw
 from bench.record import Recorder
 from bench.reference import BareModel
 from bench.worker import Worker
-
-#: Hook points read per request to see what one costs.
-_POINTS = 200
 
 
 def main(
@@ -30,16 +26,15 @@ def main(
     rounds: Annotated[int, typer.Option(help="Alternations kept.")] = 7,
     out: Annotated[Path | None, typer.Option(help="File to write.")] = None,
 ) -> None:
-    """Measure the engine alone: one packed forward beside bare ones, and the cost of hooks."""
+    """Measure the engine alone: one packed forward beside bare ones."""
     from ndif_actor.engine.checkpoint import resolve
 
     folder = str(resolve(model))
     settings = {"model": model, "dtype": dtype, "users": users, "rounds": rounds}
-    recorder = Recorder("packed_forward", {**settings, "points": _POINTS})
+    recorder = Recorder("packed_forward", settings)
     with Worker(BareModel, folder, dtype) as bare, Worker(PackedModel, folder, dtype) as engine:
-        shared, sharing = _sharing(bare, engine, users, rounds)
-        alone, hooks = _hook_points(engine, bare.call("num_layers"), users, rounds)
-    recorder.finish(shared + alone, sharing | hooks, out)
+        figures, observations = _sharing(bare, engine, users, rounds)
+    recorder.finish(figures, observations, out)
 
 
 def _sharing(
@@ -71,31 +66,6 @@ def _sharing(
             gain = spread(ratios(seen["bare"], seen["packed"]))
             figures.append(Figure(name=name, meaning=meaning, unit="x", spread=gain))
             observations |= {f"{name}: {side}": seconds for side, seconds in seen.items()}
-    return figures, observations
-
-
-def _hook_points(
-    engine: Worker, layers: int, users: int, rounds: int
-) -> tuple[list[Figure], dict[str, list[float]]]:
-    """Compare whole forwards whose requests read many hook points and hardly any."""
-    figures: list[Figure] = []
-    observations: dict[str, list[float]] = {}
-    for count in (1, users):
-        requests = draw(0, count, layers)
-        seen = alternate(
-            {
-                "none": lambda _, r=requests: engine.call("touching", r, 0, False),  # type: ignore[misc]
-                "read": lambda _, r=requests: engine.call("touching", r, _POINTS, False),  # type: ignore[misc]
-                "saved": lambda _, r=requests: engine.call("touching", r, _POINTS, True),  # type: ignore[misc]
-            },
-            rounds,
-        )
-        for kind in ("read", "saved"):
-            each = scaled(differences(seen[kind], seen["none"]), 1e6 / _POINTS / count)
-            meaning = f"time longer with {_POINTS} points per request, per point and request"
-            name = f"hook point {kind}, {count} in the forward"
-            figures.append(Figure(name=name, meaning=meaning, unit="us", spread=spread(each)))
-        observations |= {f"hook points {kind}, {count}": seconds for kind, seconds in seen.items()}
     return figures, observations
 
 

@@ -20,6 +20,7 @@ from ndif_actor.engine.explain import explain
 from ndif_actor.engine.hookpoints import HookTable, discover
 from ndif_actor.engine.internals import PORTS
 from ndif_actor.engine.keeping import specs_kept
+from ndif_actor.engine.memo import Memo
 from ndif_actor.engine.probe import depth_fault, stale_operations
 from ndif_actor.engine.program import Program, compile_graph
 from ndif_actor.engine.retention import Retention, measure
@@ -48,6 +49,11 @@ def _refuse_end(graph: Graph) -> None:
             raise graph_fault(graph, number, "only a generation can be ended; a trace has one step")
 
 
+def _seedless(graph: Graph) -> Graph:
+    """Return the graph without what every request draws anew, and nothing here depends on."""
+    return msgspec.structs.replace(graph, seed=0)
+
+
 class Blueprint:
     """The modules, hook points and full shapes of a model.
 
@@ -64,6 +70,8 @@ class Blueprint:
     def __init__(self, model: PreTrainedModel, world_size: int) -> None:
         self.model = model
         self.world_size = world_size
+        self._programs: Memo[Program] = Memo()
+        self._prices: Memo[Price] = Memo()
         self.table: HookTable = discover(model)
         config = adapter.text_config(model.config)
         self.vocab_size: int = config.vocab_size
@@ -101,16 +109,21 @@ class Blueprint:
 
     def keep_rows(self) -> None:
         """Let every row stay in the batch through all layers."""
-        self.table = msgspec.structs.replace(self.table, layers=None)
+        self._change(msgspec.structs.replace(self.table, layers=None))
 
     def close_attention(self) -> None:
         """Show nothing of the inside of attentions: they are transformers' own."""
         sites = {p: site for p, site in self.table.sites.items() if p.port not in PORTS}
-        self.table = msgspec.structs.replace(self.table, sites=sites)
+        self._change(msgspec.structs.replace(self.table, sites=sites))
 
     def withhold(self, withheld: Mapping[HookPoint, str]) -> None:
         """Offer some hook points no more; the reasons are told who asks for them."""
-        self.table = self.table.without(withheld)
+        self._change(self.table.without(withheld))
+
+    def _change(self, table: HookTable) -> None:
+        self.table = table
+        self._programs.clear()
+        self._prices.clear()
 
     def tree(self, *, model_id: str, device: str, unpackable: str | None) -> ModelTree:
         """Describe the model to clients; `unpackable` is what the shards found out, if anything."""
@@ -153,6 +166,19 @@ class Blueprint:
                     check_buffer(node.tensor, buffers)
                 except ValueError as error:
                     raise graph_fault(graph, number, str(error)) from None
+        return self._prices.get(
+            (_seedless(graph), lengths, max_new_tokens, held, decoder_lengths),
+            lambda: self._check(graph, lengths, max_new_tokens, held, decoder_lengths),
+        )
+
+    def _check(
+        self,
+        graph: Graph,
+        lengths: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        held: Mapping[str, HeldSpec] | None,
+        decoder_lengths: Sequence[Sequence[int]],
+    ) -> Price:
         num_steps = max(1, max_new_tokens)
         if max_new_tokens:
             _refuse_backward(graph)
@@ -203,5 +229,9 @@ class Blueprint:
         return msgspec.structs.replace(explanation, values=infos)
 
     def compile(self, graph: Graph, num_invokes: int, num_steps: int = 1) -> Program:
-        """Order a graph's nodes along the forward; see `compile_graph`."""
-        return compile_graph(graph, self.table, num_invokes, num_steps)
+        """Order a graph's nodes along the forward, but for its seed; see `compile_graph`."""
+        seedless = _seedless(graph)
+        return self._programs.get(
+            (seedless, num_invokes, num_steps),
+            lambda: compile_graph(seedless, self.table, num_invokes, num_steps),
+        )

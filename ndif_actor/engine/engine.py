@@ -241,6 +241,7 @@ class Engine:
             self._model,
             buffers,
             Holdings(self._held, group.scope, group.held),
+            group.graph.seed,
             infer=lambda step: shapes.infer(
                 program, model, lengths, steps, group.held, decoder_lengths
             ).at(step),

@@ -72,6 +72,7 @@ class Execution:
         model: this rank's shard.
         buffers: the bytes of the program's constants, valid during the first pass.
         holdings: the held values that it uses and keeps.
+        seed: of its random operations.
         infer: gives the meta value of each node at a step; asked only after a failure.
 
     Attributes:
@@ -85,6 +86,7 @@ class Execution:
         model: ShardedModel,
         buffers: list[memoryview],
         holdings: Holdings,
+        seed: int,
         infer: Callable[[int], Mapping[int, Any]],
     ) -> None:
         self.program = program
@@ -94,7 +96,7 @@ class Execution:
         self.step = 0
         self.plan = program.at(0)
         self.pause_hooks: Callable[[], AbstractContextManager[None]] = nullcontext
-        self._generator = torch.Generator().manual_seed(program.graph.seed)
+        self._generator = torch.Generator().manual_seed(seed)
         self._model = model
         self._buffers = buffers
         self._infer = infer

@@ -106,7 +106,7 @@ class Program:
     """A checked graph.
 
     Attributes:
-        graph: as it came.
+        graph: as it came, but for the seed.
         sites: the site of each hook point it touches.
         conditions: what must hold for its nodes to run.
         kept: for each value that later steps use, the last of these; None for no end.
