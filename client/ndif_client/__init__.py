@@ -12,6 +12,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from ndif_client import errors, ops
+from ndif_client.connecting import connect
 from ndif_client.envoy import Envoy
 from ndif_client.errors import NdifError
 from ndif_client.explanation import Explanation
@@ -20,7 +21,7 @@ from ndif_client.held import Handle
 from ndif_client.progress import Progress
 from ndif_client.proxy import Proxy
 from ndif_client.results import Result
-from ndif_client.session import Session, connect
+from ndif_client.session import Session
 from ndif_client.streaming import Token
 from ndif_client.trace import Trace
 from ndif_client.wire.messages import Completion

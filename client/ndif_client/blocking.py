@@ -26,6 +26,7 @@ from ndif_client.blocking_traces import (
     LoopThread,
     awaited,
 )
+from ndif_client.connecting import connect as connect_async
 from ndif_client.edits import Edit, EditRecording, Edits
 from ndif_client.envoy import Envoy
 from ndif_client.errors import BlockingCallError, graph_error
@@ -35,7 +36,6 @@ from ndif_client.held import Handle
 from ndif_client.prompts import Prompt
 from ndif_client.results import Result
 from ndif_client.session import Session
-from ndif_client.session import connect as connect_async
 from ndif_client.trace import Trace, TraceFunction, TraceOptions
 from ndif_client.wire.messages import HeldSpec, ModelSummary, ModelTree, TokenizeReply
 from ndif_client.wire.tensors import ArrayKind

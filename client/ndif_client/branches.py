@@ -42,7 +42,7 @@ class Branch:
     def __enter__(self) -> Self:
         recorder = self._recorder
         self._stack.enter_context(recorder.under(self._condition, negated=self._negated))
-        self._changes = self._stack.enter_context(recorder.noting_changes())
+        self._changes = self._stack.enter_context(recorder.guards.noting_changes())
         return self
 
     def __exit__(

@@ -203,7 +203,7 @@ class _Player:
         self._recorder = recorder
         self._infos = _infos(tree)
         self._numbers: dict[int, int] = {}
-        self._conditions = {0: recorder.condition}
+        self._conditions = {0: recorder.guards.now}
 
     def play(self) -> None:
         graph = self._edit._graph
@@ -211,8 +211,8 @@ class _Player:
             source = graph.source_of(number)
             under = graph.under[number] if graph.under else 0
             with (
-                self._recorder.written_at(source),
-                self._recorder.under_again(self._condition(under)),
+                self._recorder.lines.given(source),
+                self._recorder.guards.under(self._condition(under)),
             ):
                 self._numbers[number] = self._record(node)
 
@@ -245,7 +245,7 @@ class _Player:
             condition = self._edit._graph.conditions[under - 1]
             outer = self._condition(condition.outer)
             value = self._numbers[condition.value]
-            self._conditions[under] = self._recorder.add_condition(value, condition.negated, outer)
+            self._conditions[under] = self._recorder.guards.add(value, condition.negated, outer)
         return self._conditions[under]
 
     def _info(self, hook: HookPoint) -> HookInfo:

@@ -16,8 +16,10 @@ import msgspec
 from msgspec.structs import replace
 
 from ndif_client.errors import ClosedTraceError, LimitError, OrderError, graph_error
+from ndif_client.guards import Guards
 from ndif_client.results import RESERVED_NAMES, Layout, Result, leaves, paths
-from ndif_client.sources import capture, source_at, user_frame
+from ndif_client.skips import Skips, is_lost
+from ndif_client.sources import Lines, capture
 from ndif_client.steps import (
     AFTER_FORWARD,
     BEFORE_FORWARD,
@@ -29,15 +31,12 @@ from ndif_client.steps import (
 )
 from ndif_client.wire.frames import FrameLimits
 from ndif_client.wire.graph import (
-    MAX_CONDITION_DEPTH,
-    MAX_CONDITIONS,
     MAX_NODES,
     MAX_STEP_BLOCKS,
     PREFILL,
     Argument,
     Backward,
     Choose,
-    Condition,
     Constant,
     EndGeneration,
     Graph,
@@ -105,6 +104,8 @@ class Recorder:
         generates: whether it is about a generation.
         edits: whether it is about an edit, which nothing comes back from.
         backward: number of the node whose gradients `.grad` means now.
+        lines: of the user's program, that its nodes come from.
+        guards: the conditions that they run under.
 
     Args:
         request: its id.
@@ -139,18 +140,13 @@ class Recorder:
         self.generates = generates
         self.backward: int | None = None
         self._opened_block: Source | None = None
-        self._written_at: Source | None = None
-        self._under = 0
-        self._conditions: list[Condition] = []
-        self._guards: list[int] = []
-        self._noting: list[dict[int, tuple[Any, int]]] = []
+        self.lines = Lines()
+        self.guards = Guards()
+        self._skips = Skips()
         self._nodes: list[Node] = []
-        self._at: list[int] = []
         self._blocks: list[Block] = []
         self._steps_used: set[Steps] = {PREFILL}
         self._moments = Moments()
-        self._sources: list[Source] = []
-        self._source_numbers: dict[tuple[str, int], int] = {}
         self._constants: dict[tuple[str, tuple[int, ...]], list[int]] = {}
         self._parameters: dict[str, int] = {}
         self._held: dict[str, int] = {}
@@ -160,7 +156,6 @@ class Recorder:
         self._last_writes: dict[tuple[HookPoint, int], dict[Steps, int]] = {}
         self._reads: dict[tuple[HookPoint, int, int | None], int] = {}
         self._first_reads: dict[int, int] = {}
-        self._skipped: dict[tuple[str, int], list[tuple[Steps, Source]]] = {}
         self._gradient_writes: dict[tuple[int, int], int] = {}
 
     @property
@@ -233,69 +228,9 @@ class Recorder:
             raise graph_error(
                 "a condition belongs inside of the `with` block of its own trace", ClosedTraceError
             )
-        with self.under_again(self.add_condition(condition, negated, self._under)):
+        number = self.guards.add(condition, negated, self.guards.now)
+        with self.guards.under(number):
             yield
-
-    def add_condition(self, value: int, negated: bool, outer: int) -> int:
-        """Add a condition inside of another one (0 for none) and return its number.
-
-        Raises:
-            LimitError: there are too many.
-        """
-        if len(self._conditions) >= MAX_CONDITIONS:
-            raise LimitError(f"a trace has at most {MAX_CONDITIONS} conditions")
-        if len(self._chain(outer)) >= MAX_CONDITION_DEPTH:
-            raise LimitError(f"at most {MAX_CONDITION_DEPTH} conditions lie in each other")
-        self._conditions.append(Condition(value, negated, outer))
-        return len(self._conditions)
-
-    @contextmanager
-    def under_again(self, condition: int) -> Iterator[None]:
-        """Within the block, nodes are recorded under a condition of that number."""
-        previous, self._under = self._under, condition
-        try:
-            yield
-        finally:
-            self._under = previous
-
-    @contextmanager
-    def written_at(self, source: Source | None) -> Iterator[None]:
-        """Within the block, nodes are those of that line, whoever records them now."""
-        previous, self._written_at = self._written_at, source
-        try:
-            yield
-        finally:
-            self._written_at = previous
-
-    @contextmanager
-    def noting_changes(self) -> Iterator[list[tuple[Any, int]]]:
-        """Within the block, note which values are changed in place, and their nodes before it."""
-        noted: dict[int, tuple[Any, int]] = {}
-        changes: list[tuple[Any, int]] = []
-        self._noting.append(noted)
-        try:
-            yield changes
-        finally:
-            self._noting.pop()
-            changes += noted.values()
-
-    def note_change(self, value: Any, node: int) -> None:
-        """Note that a value stood for `node` until now."""
-        if self._noting:
-            self._noting[-1].setdefault(id(value), (value, node))
-
-    @property
-    def condition(self) -> int:
-        """The condition that nodes are recorded under now; 0 for none."""
-        return self._under
-
-    def _chain(self, under: int) -> list[int]:
-        """Return a condition and those it lies in, the innermost first."""
-        chain = []
-        while under:
-            chain.append(under)
-            under = self._conditions[under - 1].outer
-        return chain
 
     @contextmanager
     def again(self, block: Block) -> Iterator[None]:
@@ -341,11 +276,11 @@ class Recorder:
         """
         self.check_open()
         number = len(self._nodes)
-        under = self._under
+        under = self.guards.now
         if isinstance(node, Constant | Parameter | Held):
             under = 0
         elif isinstance(node, Save):
-            under = self._guards[node.value.node]
+            under = self.guards.of[node.value.node]
         if number >= MAX_NODES:
             raise LimitError(
                 f"a trace has at most {MAX_NODES} operations; split it into several traces"
@@ -361,18 +296,18 @@ class Recorder:
         own: Moment = BEFORE_FORWARD if order is None else (order, number)
         self._moments.add(block.steps, uses, own)
         self._nodes.append(node)
-        self._at.append(self._source())
         self._blocks.append(block)
-        self._guards.append(under)
+        self.lines.note()
+        self.guards.of.append(under)
         return number
 
     def read(self, hook: HookPoint, info: HookInfo) -> int:
         """Record a read for the current invoke and return the node's number."""
         invoke = self.here(str(hook))
-        self._check_not_skipped(hook, invoke)
+        self._skips.check(hook, invoke, self.block.steps)
         number = self.add(ReadHook(hook, invoke), info.order)
         seen = (hook, invoke, self.last_write(hook, invoke))
-        if not self._under:
+        if not self.guards.now:
             self._first_reads[number] = self._reads.setdefault(seen, number)
         return number
 
@@ -384,7 +319,7 @@ class Recorder:
             GraphError: the hook point is read-only.
         """
         self.check_open()
-        self._check_not_skipped(hook, invoke)
+        self._skips.check(hook, invoke, self.block.steps)
         if not info.dtype.startswith(("float", "bfloat", "complex")):
             raise graph_error(
                 f"{hook} holds {info.dtype} and is read-only; to change what the model sees, "
@@ -422,31 +357,15 @@ class Recorder:
         """
         invoke, steps = self.here(path), self.block.steps
         for number, node in enumerate(self._nodes):
-            if not isinstance(node, ReadHook | WriteHook) or node.invoke != invoke:
-                continue
-            own = node.hook.path == path and (
-                node.hook.port == "output" or isinstance(node, WriteHook)
-            )
-            if (own or _is_inside(node.hook, path)) and overlap(self._blocks[number].steps, steps):
+            if is_lost(node, path, invoke) and overlap(self._blocks[number].steps, steps):
+                assert isinstance(node, ReadHook | WriteHook)
                 raise graph_error(
                     f"{path} is skipped, so what is done to {node.hook} before would never be "
                     "reached",
                     hook=str(node.hook),
                     other=self.source_of(number),
                 )
-        self._skipped.setdefault((path, invoke), []).append((steps, capture()))
-
-    def _check_not_skipped(self, hook: HookPoint, invoke: int) -> None:
-        for (path, skipped_invoke), places in self._skipped.items():
-            if skipped_invoke != invoke or not _is_inside(hook, path):
-                continue
-            for steps, source in places:
-                if overlap(steps, self.block.steps):
-                    raise graph_error(
-                        f"{hook} is never reached, because {path} is skipped",
-                        hook=str(hook),
-                        other=source,
-                    )
+        self._skips.add(path, invoke, steps)
 
     # ------------------------------------------------------------ gradients
 
@@ -542,7 +461,7 @@ class Recorder:
         """
         if self.edits:
             raise graph_error("nothing stays from an edit, so nothing can be kept in it")
-        if self._guards[node] or self._under:
+        if self.guards.of[node] or self.guards.now:
             raise graph_error(
                 "what is kept must be made in any case, so it can't be kept in a `when` block; "
                 "keep what trace.choose(...) gives"
@@ -588,7 +507,7 @@ class Recorder:
             first = min(leaves(self.names[name]))
             raise graph_error(
                 f"the name {name!r} is already that of another saved value",
-                other=self._sources[self._at[first]],
+                other=self.source_of(first),
             )
         self.names[name] = saved
 
@@ -611,7 +530,7 @@ class Recorder:
 
     def source_of(self, node: int) -> Source:
         """Return the user's line that made a node."""
-        return self._sources[self._at[node]]
+        return self.lines[node]
 
     def block_of(self, node: int) -> Block:
         """Return the steps block that a node was recorded in."""
@@ -635,9 +554,10 @@ class Recorder:
                 save = nodes[number]
                 assert isinstance(save, Save)
                 nodes[number] = Save(save.value, path[:_MAX_NAME])
-        graph = Graph(nodes, list(self._sources), list(self._at), seed=self.seed)
-        if self._conditions:
-            graph = replace(graph, conditions=list(self._conditions), under=list(self._guards))
+        graph = Graph(nodes, list(self.lines.sources), list(self.lines.at), seed=self.seed)
+        if self.guards.conditions:
+            conditions, under = list(self.guards.conditions), list(self.guards.of)
+            graph = replace(graph, conditions=conditions, under=under)
         blocks = [block.steps for block in self._blocks]
         if all(steps == PREFILL for steps in blocks):
             return graph
@@ -647,11 +567,11 @@ class Recorder:
 
     def conditional_saves(self) -> frozenset[int]:
         """Return the numbers of the saves that need not be reached."""
-        return frozenset(number for number in self._saves.values() if self._guards[number])
+        return frozenset(number for number in self._saves.values() if self.guards.of[number])
 
     def _check_made(self, used: int, node: Node, under: int) -> None:
         """Refuse a value that was made under a condition which need not hold here."""
-        if isinstance(node, Choose) or self._guards[used] in (0, *self._chain(under)):
+        if isinstance(node, Choose) or self.guards.is_made(used, under):
             return
         raise graph_error(
             "a value made in a `when` block is used outside of it, where it need not exist; use "
@@ -684,24 +604,6 @@ class Recorder:
             hook=str(hook),
         )
 
-    def _source(self) -> int:
-        """Return the number of the user's current line."""
-        if self._written_at is not None:
-            own = self._written_at
-            return self._source_number((own.file, own.line), lambda: own)
-        frame = user_frame()
-        if frame is None:
-            return self._source_number(("<unknown>", 0), lambda: Source("<unknown>", 0))
-        key = (frame.f_code.co_filename, frame.f_lineno)
-        return self._source_number(key, lambda: source_at(*key, frame))
-
-    def _source_number(self, key: tuple[str, int], make: Callable[[], Source]) -> int:
-        number = self._source_numbers.get(key)
-        if number is None:
-            number = self._source_numbers[key] = len(self._sources)
-            self._sources.append(make())
-        return number
-
 
 def current_recorder(what: str) -> Recorder:
     """Return the recorder of the trace that is open here.
@@ -726,10 +628,4 @@ def recorded_place() -> tuple[Steps, int] | None:
     None outside of all traces.
     """
     recorder = _current.get()
-    return None if recorder is None else (recorder.block.steps, recorder.condition)
-
-
-def _is_inside(hook: HookPoint, path: str) -> bool:
-    """Whether a hook point comes between the input and the output of a module."""
-    own = hook.path == path and (hook.operation or hook.port not in ("input", "output"))
-    return bool(own) or hook.path.startswith(f"{path}.")
+    return None if recorder is None else (recorder.block.steps, recorder.guards.now)

@@ -332,6 +332,6 @@ def _with_input(apply: Apply, node: int) -> Apply:
 
 def replace_node(value: Value, node: int) -> None:
     """Let `value` stand for another node, and views of it be made again when they are used."""
-    value._recorder.note_change(value, value._node)
+    value._recorder.guards.note_change(value, value._node)
     value._node = node
     value._version += 1
