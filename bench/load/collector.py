@@ -91,9 +91,9 @@ class Collector:
         began = time.perf_counter()
         trace = self._session.trace(ids)
         with trace:
-            trace.values = write(self._session.model)
+            trace.saved_rows = write(self._session.model)
         result = await trace
-        arrays = result["values"]
+        arrays = result["saved_rows"]
         seconds = time.perf_counter() - began
         num_bytes = sum(array.nbytes for array in arrays)
         return Collected(num_bytes, seconds, result.statistics.forward_s)
