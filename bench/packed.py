@@ -64,8 +64,8 @@ class PackedModel:
         from bench.graphs import touch
 
         sites = self._engine.blueprint.table.sites
-        by_place = {(p.path, p.port): p for p in sites if _is_of_a_module(p)}
-        graph = touch([by_place[path, port] for path, port in places], save)
+        by_place = {f"{p.path} {p.port}": p for p in sites if _is_of_a_module(p)}
+        graph = touch([by_place[" ".join(place)] for place in places], save)
         return self._seconds(requests, [graph] * len(requests))
 
     def _seconds(self, requests: list[Request], graphs: list[Any]) -> float:

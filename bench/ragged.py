@@ -45,7 +45,7 @@ class RaggedModel:
         self._ragged, rigid = load(), load()
         rigid.blueprint.keep_rows()
         # What an engine knows of its layers it has learned when it was made.
-        self._rigid = Engine(rigid._model, rigid.blueprint, 0, None, None, rigid.cache)
+        self._rigid = Engine(rigid._model, rigid.blueprint, 0, None, None, rigid.cache, {})
         self._tokenizer = Tokenizer.load(Path(folder))
         self._saved: list[Any] = []
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -63,10 +64,7 @@ def measure(
         stages, num_bytes = _stages(blueprint, points, size, tokens)
         repeats = max(1, _WORK // size)
         seconds = alternate(
-            {
-                name: lambda _, stage=stage, repeats=repeats: _timed(stage, repeats)
-                for name, stage in stages.items()
-            },
+            {name: partial(_timed, stage, repeats) for name, stage in stages.items()},
             rounds,
         )
         observations[f"{size} nodes"] = {"bytes": num_bytes, **seconds}
@@ -104,7 +102,7 @@ def _stages(
 
     def forgotten(work: Callable[[], object]) -> Callable[[], object]:
         def run() -> object:
-            blueprint.withhold({})  # what it knows of graphs holds for one table of hook points
+            blueprint.forget_graphs()
             return work()
 
         return run
@@ -123,7 +121,7 @@ def _stages(
     return stages, len(encoded)
 
 
-def _timed(stage: Callable[[], object], repeats: int) -> float:
+def _timed(stage: Callable[[], object], repeats: int, round_number: int) -> float:
     began = time.perf_counter()
     for _ in range(repeats):
         stage()

@@ -51,9 +51,9 @@ def main(
             return float(engine.call("touching", requests[:count], touched, kind == "saved"))
 
         seen = alternate(
-            {f"plain hook, {kind}": lambda _, k=kind: alone(k) for kind in _KINDS}  # type: ignore[misc]
-            | {f"1 request, {kind}": lambda _, k=kind: packed(k, 1) for kind in _KINDS}  # type: ignore[misc]
-            | {f"{users} requests, {kind}": lambda _, k=kind: packed(k, users) for kind in _KINDS},  # type: ignore[misc]
+            {f"plain hook, {kind}": lambda _, k=kind: alone(k) for kind in _KINDS}
+            | {f"1 request, {kind}": lambda _, k=kind: packed(k, 1) for kind in _KINDS}
+            | {f"{users} requests, {kind}": lambda _, k=kind: packed(k, users) for kind in _KINDS},
             rounds,
             warmups=2,
         )

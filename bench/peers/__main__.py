@@ -19,7 +19,7 @@ from bench.load.server import serving
 from bench.peers import crowd, environments, solo
 from bench.peers.catalogue import Peer, find
 from bench.peers.ours import Ours
-from bench.peers.process import PeerError, PeerProcess
+from bench.peers.process import Answers, Crowd, PeerError, PeerProcess
 from bench.record import Recorder
 from bench.worker import Worker
 
@@ -105,12 +105,12 @@ class _Ours:
     def __init__(self, worker: Worker) -> None:
         self._worker = worker
 
-    def round(self, requests: object) -> solo.Answers:
-        answers: solo.Answers = self._worker.call("round", requests)
+    def round(self, requests: object) -> Answers:
+        answers: Answers = self._worker.call("round", requests)
         return answers
 
-    def crowd(self, requests: object, seconds: float) -> crowd.Crowd:
-        seen: crowd.Crowd = self._worker.call("crowd", requests, seconds)
+    def crowd(self, requests: object, seconds: float) -> Crowd:
+        seen: Crowd = self._worker.call("crowd", requests, seconds)
         return seen
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import statistics
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Protocol
 
 from bench.load.scenarios import Request, Sizes, draw
@@ -53,10 +54,7 @@ def measure(
         return subject.crowd(wanted, seconds)
 
     seen = alternate(
-        {
-            name: lambda number, subject=subject: serve(subject, number)
-            for name, subject in subjects.items()
-        },
+        {name: partial(serve, subject) for name, subject in subjects.items()},
         rounds,
     )
     rates = {name: [len(c.latencies) / c.seconds for c in crowds] for name, crowds in seen.items()}

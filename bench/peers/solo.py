@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Protocol
 
 from bench.load.scenarios import SCENARIOS, Request, Sizes, draw
@@ -60,10 +61,7 @@ def measure(
             return subject.round(_requests(scenario, number, sizes, 1)).seconds[0]
 
         seconds = alternate(
-            {
-                name: lambda number, subject=subject: timed(subject, number)
-                for name, subject in agreeing.items()
-            },
+            {name: partial(timed, subject) for name, subject in agreeing.items()},
             rounds,
             warmups=2,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -53,22 +54,20 @@ def write_folder(config: LlamaConfig, folder: Path) -> None:
     config.architectures = ["LlamaForCausalLM"]
     config.save_pretrained(folder)
     words = Tokenizer(WordLevel({"<unk>": 0}, unk_token="<unk>"))
-    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>").save_pretrained(folder)
+    tokenizer: Any = PreTrainedTokenizerFast
+    tokenizer(tokenizer_object=words, unk_token="<unk>").save_pretrained(folder)
 
 
 def size(config: LlamaConfig) -> ModelSize:
     """Return what the time of a forward depends on."""
     head_dim = config.hidden_size // config.num_attention_heads
-    attention = (
-        config.hidden_size
-        * head_dim
-        * (2 * config.num_attention_heads + 2 * config.num_key_value_heads)
-    )
+    kv_heads = config.num_key_value_heads or config.num_attention_heads
+    attention = config.hidden_size * head_dim * (2 * config.num_attention_heads + 2 * kv_heads)
     mlp = 3 * config.hidden_size * config.intermediate_size
     embeddings = 2 * config.vocab_size * config.hidden_size
     return ModelSize(
         parameters=config.num_hidden_layers * (attention + mlp) + embeddings,
         layers=config.num_hidden_layers,
-        kv_heads=config.num_key_value_heads,
+        kv_heads=kv_heads,
         head_dim=head_dim,
     )

@@ -54,10 +54,13 @@ class Branch:
         self._stack.close()
         if error is not None:
             return
+        guards = self._recorder.guards
         for value, before in self._changes:
             if isinstance(value._origin, View):
                 value._origin.seen = -1  # what it looks at has changed: it is made again
                 continue
+            if not guards.is_made(before, guards.now):
+                continue  # it was read inside too, and is nothing outside
             after = value._node
             then, otherwise = (before, after) if self._negated else (after, before)
             choice = Choose(Ref(self._condition), Ref(then), Ref(otherwise))

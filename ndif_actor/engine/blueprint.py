@@ -122,6 +122,10 @@ class Blueprint:
 
     def _change(self, table: HookTable) -> None:
         self.table = table
+        self.forget_graphs()
+
+    def forget_graphs(self) -> None:
+        """Find out anew about every graph from now on."""
         self._programs.clear()
         self._prices.clear()
 

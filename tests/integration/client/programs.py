@@ -7,109 +7,20 @@ that computes the same with `Plain`. Module names are the standard ones on our s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
 
 from ndif_client import Session, ops
 from ndif_client.trace import Trace
+from tests.integration.client.plain import Plain, changed
 
 EIFFEL = [5, 17, 99, 250, 3, 41, 8]
 COLOSSEUM = [5, 18, 99, 250, 3, 41, 8]
 SHORT = [7, 30, 2]
 
 Values = dict[str, Any]
-Post = Callable[[torch.Tensor], torch.Tensor | None]
-
-
-class Plain:
-    """A model of transformers with hooks set by hand, in float64."""
-
-    def __init__(self, folder: Path) -> None:
-        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
-        self.model.requires_grad_(False)
-        if self.model.get_experts_implementation()[""] is not None:
-            self.model.set_experts_implementation("eager")
-        is_gpt2 = hasattr(self.model, "transformer")
-        base = self.model.transformer if is_gpt2 else self.model.model
-        self.layers = base.h if is_gpt2 else base.layers
-        self.norm = base.ln_f if is_gpt2 else base.norm
-        self.embed = self.model.get_input_embeddings()
-        self.heads = self.model.config.num_attention_heads
-
-    def attention(self, layer: int) -> torch.nn.Module:
-        block = self.layers[layer]
-        found: torch.nn.Module = block.attn if hasattr(block, "attn") else block.self_attn
-        return found
-
-    def projection(self, layer: int) -> torch.nn.Module:
-        attention: Any = self.attention(layer)
-        found: torch.nn.Module = (
-            attention.c_proj if hasattr(attention, "c_proj") else attention.o_proj
-        )
-        return found
-
-    def run(
-        self,
-        ids: Sequence[int],
-        *,
-        post: Sequence[tuple[torch.nn.Module, Post]] = (),
-        pre: Sequence[tuple[torch.nn.Module, Post]] = (),
-        grad: bool = False,
-    ) -> torch.Tensor:
-        """Return a prompt's logits; hooks may change the first tensor that leaves or enters."""
-        with ExitStack() as stack, torch.set_grad_enabled(grad):
-            for module, change in post:
-                stack.callback(module.register_forward_hook(_post(change)).remove)
-            for module, change in pre:
-                hook = module.register_forward_pre_hook(_pre(change), with_kwargs=True)
-                stack.callback(hook.remove)
-            logits: torch.Tensor = self.model(torch.tensor([list(ids)]), use_cache=False).logits
-        return logits
-
-    def streams(self, ids: Sequence[int], **options: Any) -> list[torch.Tensor]:
-        """Return the residual stream after each layer."""
-        kept: list[torch.Tensor] = []
-        post = [*options.pop("post", ()), *((layer, kept.append) for layer in self.layers)]
-        self.run(ids, post=post, **options)
-        return kept
-
-    def lens(self, stream: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = self.model.lm_head(self.norm(stream))
-        return logits
-
-
-def _post(change: Post) -> Any:
-    def hook(module: Any, args: Any, output: Any) -> Any:
-        changed = change(output[0] if isinstance(output, tuple) else output)
-        if changed is None:
-            return None
-        return (changed, *output[1:]) if isinstance(output, tuple) else changed
-
-    return hook
-
-
-def _pre(change: Post) -> Any:
-    def hook(module: Any, args: Any, kwargs: Any) -> Any:
-        if args:
-            changed = change(args[0])
-            return None if changed is None else ((changed, *args[1:]), kwargs)
-        changed = change(kwargs["hidden_states"])
-        return None if changed is None else (args, {**kwargs, "hidden_states": changed})
-
-    return hook
-
-
-def changed(tensor: torch.Tensor, index: Any, value: Any) -> torch.Tensor:
-    """Return a copy with something else at `index`."""
-    copy = tensor.clone()
-    copy[index] = value
-    return copy
-
 
 Recorded = Callable[[Session], Trace]
 Expected = Callable[[Plain], Values]

@@ -131,6 +131,7 @@ async def test_a_generation_that_fails_or_is_left_keeps_nothing(
         layer.output.keep("x")
     async for _ in left:
         break
+    await left.cancel()
 
     assert await session.held_values() == {}
 

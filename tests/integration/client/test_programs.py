@@ -12,7 +12,9 @@ import torch
 from ndif_client import Session, connect, errors
 from ndif_client.results import Result
 from tests.conftest import MakeModel
-from tests.integration.client.programs import EIFFEL, PROGRAMS, Plain, Values
+from tests.integration.client import control_programs, generation_programs  # noqa: F401 - add their own
+from tests.integration.client.plain import Plain
+from tests.integration.client.programs import EIFFEL, PROGRAMS, Values
 from tests.integration.server.harness import Server, running
 
 #: A family and its number of shards.
