@@ -130,8 +130,10 @@ def encode(value: Any, recorder: Recorder) -> Argument:
             offered = ", ".join(value._fields) or "its items"
             raise graph_error(f"this value is a tuple of tensors; use one of them ({offered})")
         return Ref(node_of(value, recorder))
-    if value is None or isinstance(value, bool | float):
+    if value is None or isinstance(value, bool):
         return value
+    if isinstance(value, float):  # numpy's are floats too, and can't be sent
+        return float(value)
     if isinstance(value, int):
         return _integer(value)
     if isinstance(value, str):

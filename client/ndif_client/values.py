@@ -24,12 +24,15 @@ from ndif_client.wire.messages import HookInfo
 VIEW_OPS = frozenset(
     (
         "broadcast_to", "chunk", "detach", "diagonal", "expand", "flatten", "getitem", "movedim",
-        "narrow", "permute", "reshape", "select", "split", "squeeze", "transpose", "unbind",
-        "unflatten", "unsqueeze", "view",
+        "narrow", "permute", "reshape", "reshape_as", "select", "split", "squeeze", "transpose",
+        "unbind", "unflatten", "unfold", "unsqueeze", "view",
     )
 )  # fmt: skip
 
-_RESHAPES = frozenset(("flatten", "reshape", "unflatten", "view"))
+#: Those that torch refuses where it would have to copy.
+_NEVER_COPY = frozenset(("squeeze", "unflatten", "view"))
+
+_MAY_COPY = frozenset(("flatten", "reshape", "reshape_as"))
 
 
 @dataclass(slots=True)
@@ -291,7 +294,9 @@ def _inverse(view: View) -> Apply | None:
     if op == "permute":
         order = _inverse_order(args[0] if args else named.get("dims"))
         return None if order is None else Apply(op, [_CHILD, order])
-    if op in _RESHAPES:
+    if op in _NEVER_COPY:
+        return Apply("reshape_as", [_CHILD, Ref(view.parent._node)])
+    if op in _MAY_COPY:
         shape = _shape_up_to_one(view.parent)
         return None if shape is None else Apply("reshape", [_CHILD, shape])
     return None

@@ -34,7 +34,10 @@ class Memo(Generic[T]):
             arguments: all that the result depends on, such that msgspec can encode it.
             make: is given nothing.
         """
-        key = self._encoder.encode(arguments)
+        try:
+            key = self._encoder.encode(arguments)
+        except OverflowError:  # a number that nobody could have sent
+            return make()
         found = self._known.get(key)
         if found is not None:
             self._known.move_to_end(key)

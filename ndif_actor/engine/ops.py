@@ -115,6 +115,8 @@ def check_bounds(op: Op, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
     """Check index tensors on the host: on a device, a bad index would kill everybody's process."""
     assert op.bounded_index is not None
     index = argument(op, op.parameters[op.bounded_index], args, kwargs)
+    if op.name == "setitem" and _is_mask(index):
+        return
     if op.name in ("getitem", "setitem"):
         _check_subscripts(argument(op, "input", args, kwargs), index)
     elif isinstance(index, torch.Tensor):
@@ -156,7 +158,8 @@ def _check_subscripts(value: Any, index: Any) -> None:
             if part.dtype == torch.bool:
                 raise IndexError(
                     "a boolean mask as index gives a result whose size depends on values; use "
-                    "where(mask, a, b) or masked_fill"
+                    "where(mask, a, b), masked_fill, or a mask that you know as indices, "
+                    "mask.nonzero()[:, 0]"
                 )
             if axis < value.dim():
                 size = value.shape[axis]
@@ -207,9 +210,46 @@ def _getitem(input: Any, index: Any) -> Any:
 
 
 def _setitem(input: torch.Tensor, index: Any, value: Any) -> torch.Tensor:
+    if _is_mask(index):
+        return _masked(input, index, value)
     changed = input.clone()
     changed[_subscripts(index)] = value
     return changed
+
+
+def _is_mask(index: Any) -> bool:
+    return isinstance(index, torch.Tensor) and index.dtype == torch.bool
+
+
+def _masked(input: torch.Tensor, mask: torch.Tensor, value: Any) -> torch.Tensor:
+    """Return `input` with `value` wherever the mask over its first dimensions is true."""
+    if mask.shape != input.shape[: mask.dim()]:
+        raise IndexError(f"a mask of shape {list(mask.shape)} for a value of {list(input.shape)}")
+    rest = input.dim() - mask.dim()
+    if not isinstance(value, torch.Tensor):
+        return input.masked_fill(mask.reshape(*mask.shape, *[1] * rest), value)
+    if value.dim() > rest:
+        raise IndexError(
+            "what is written where a mask is true has the same value there, as how often it is "
+            "true depends on values; use where(mask, a, b)"
+        )
+    return torch.where(mask.reshape(*mask.shape, *[1] * rest), value.to(input.dtype), input)
+
+
+def _type_as(input: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    return input.to(other.dtype)
+
+
+def _entr(input: torch.Tensor) -> torch.Tensor:
+    return torch.special.entr(input)
+
+
+def _reshape_as(input: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    return input.reshape(other.shape)
+
+
+def _unfold(input: torch.Tensor, dimension: int, size: int, step: int) -> torch.Tensor:
+    return input.unfold(dimension, size, step)
 
 
 def _to(input: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -264,6 +304,10 @@ _SPECIAL: dict[str, Callable[..., Any]] = {
     "sort": _sort,
     "argsort": _argsort,
     "einsum": _einsum,
+    "entr": _entr,
+    "reshape_as": _reshape_as,
+    "type_as": _type_as,
+    "unfold": _unfold,
 }
 
 _CREATION = frozenset(("zeros", "ones", "full", "arange", "linspace", "eye"))

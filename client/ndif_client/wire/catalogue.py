@@ -78,13 +78,15 @@ def _ops() -> list[Op]:
         )
 
     unary("neg abs exp exp2 expm1 log log2 log10 log1p sqrt rsqrt square reciprocal")
-    unary("sin cos tan asin acos atan sinh cosh tanh sigmoid erf erfc relu")
+    unary("sin cos tan asin acos atan sinh cosh tanh sigmoid erf erfc erfinv lgamma digamma relu")
     unary("floor ceil trunc frac sign", differentiable=False)
     unary("isnan isinf isfinite logical_not bitwise_not", differentiable=False)
-    unary("silu softplus logsigmoid mish relu6 hardswish", home="functional")
+    unary("silu softplus logsigmoid mish relu6 hardswish selu softsign", home="functional")
     binary("mul fmod copysign floor_divide remainder maximum minimum atan2 logaddexp hypot xlogy")
     binary("eq ne lt le gt ge logical_and logical_or logical_xor", differentiable=False)
     binary("bitwise_and bitwise_or bitwise_xor isclose", differentiable=False)
+    op("heaviside", "input values", "0 below 0, 1 above, `values` at 0.", differentiable=False)
+    op("entr", "input", "`-x * log(x)` of each element, 0 at 0.", home="special", method=False)
     op("pow", "input exponent", "Each element to the power of `exponent`.")
     op("add", "input other * alpha", "Sum of two values; `alpha` scales the second.")
     op("sub", "input other * alpha", "Difference of two values; `alpha` scales the second.")
@@ -94,6 +96,8 @@ def _ops() -> list[Op]:
     op("addcdiv", "input tensor1 tensor2 * value", "`input + value * tensor1 / tensor2`.")
     op("lerp", "input end weight", "Linear interpolation from `input` to `end`.")
     op("clamp", "input min max", "Each element limited to `[min, max]`.")
+    op("clamp_min", "input min", "Each element, `min` at least.")
+    op("clamp_max", "input max", "Each element, `max` at most.")
     op("round", "input * decimals", "Each element rounded.", differentiable=False)
     op("nan_to_num", "input nan posinf neginf", "NaN and infinities replaced by numbers.")
     op("gelu", "input * approximate", "Gaussian error linear unit.", home="functional")
@@ -187,6 +191,8 @@ def _ops() -> list[Op]:
        cost="matmul")  # fmt: skip
     op("baddbmm", "input batch1 batch2 * beta alpha", "`addmm` of batches of matrices.",
        cost="matmul")  # fmt: skip
+    op("tensordot", "a b dims", "Products summed over `dims` dimensions, or two lists of them.",
+       method=False, cost="matmul")  # fmt: skip
     op("kron", "input other", "Kronecker product.")
     op("cross", "input other dim", "Cross product of vectors of length 3.")
     op("trace", "input", "Sum of the diagonal of a matrix.", cost="reduction")
@@ -233,6 +239,8 @@ def _ops() -> list[Op]:
        bounded_index=2)  # fmt: skip
     op("index_copy", "input dim index source", "`source` put at the slices at `index`.",
        bounded_index=2)  # fmt: skip
+    op("index_fill", "input dim index value", "`value` put at the slices at `index`.",
+       bounded_index=2)  # fmt: skip
     op("take_along_dim", "input indices dim", "Values at `indices` along `dim`.", bounded_index=1)
     op("embedding", "input weight", "Rows of `weight` at the ids `input`.", home="functional",
        method=False, bounded_index=0)  # fmt: skip
@@ -258,6 +266,10 @@ def _ops() -> list[Op]:
     ):
         op(name, parameters, doc, cost="free")
     op("view", "input shape", "The same elements in another shape.", home="special", cost="free")
+    op("reshape_as", "input other", "The same elements in the shape of `other`.", home="special",
+       cost="free")  # fmt: skip
+    op("unfold", "input dimension size step", "Windows of `size` slices along a dimension.",
+       home="special", cost="free")  # fmt: skip
     op("expand", "input shape", "Expanded to `shape`, -1 keeps a dimension.", home="special",
        cost="free")  # fmt: skip
     op("repeat", "input repeats", "Repeated along each dimension.", home="special")
@@ -266,6 +278,10 @@ def _ops() -> list[Op]:
     op("unbind", "input dim", "A tuple of slices along `dim`.", cost="free")
     op("cat", "tensors dim", "Tensors joined along `dim`.", method=False)
     op("stack", "tensors dim", "Tensors joined along a new dimension.", method=False)
+    op("vstack", "tensors", "Tensors joined along the first dimension.", method=False)
+    op("hstack", "tensors", "Tensors joined along the second dimension.", method=False)
+    op("pad", "input pad mode value", "Values put before and after, from the last dimension on.",
+       home="functional", method=False)  # fmt: skip
     op("tile", "input dims", "Repeated along the last dimensions.")
     op("isin", "elements test_elements", "Which elements are among others.", method=False,
        differentiable=False)  # fmt: skip
@@ -277,6 +293,7 @@ def _ops() -> list[Op]:
     op("diag", "input diagonal", "Diagonal matrix from a vector, or the reverse.")
     op("clone", "input", "A copy.")
     op("to", "input dtype", "The value in another dtype.", home="special")
+    op("type_as", "input other", "The value in the dtype of `other`.", home="special")
 
     op("zeros", "size * dtype", "Zeros.", method=False, differentiable=False)
     op("ones", "size * dtype", "Ones.", method=False, differentiable=False)
@@ -318,6 +335,6 @@ ALIASES: dict[str, str] = {
     "absolute": "abs", "bitwise_invert": "bitwise_not", "clip": "clamp", "concat": "cat",
     "concatenate": "cat", "divide": "div", "equal": "eq", "greater": "gt", "greater_equal": "ge",
     "less": "lt", "less_equal": "le", "moveaxis": "movedim", "multiply": "mul",
-    "negative": "neg", "not_equal": "ne", "subtract": "sub", "swapaxes": "transpose",
-    "swapdims": "transpose", "true_divide": "div",
+    "negative": "neg", "not_equal": "ne", "pinverse": "pinv", "subtract": "sub",
+    "swapaxes": "transpose", "swapdims": "transpose", "true_divide": "div", "view_as": "reshape_as",
 }  # fmt: skip

@@ -111,6 +111,26 @@ def _unsqueezed(h: Any) -> None:
     h.unsqueeze(0)[0, 0, 0] = 1
 
 
+def _squeezed(h: Any) -> None:
+    h[:1].squeeze(0)[0] = 1
+
+
+def _viewed_copies(h: Any) -> Any:
+    copy = h.clone()
+    copy.view(BATCH, TOKENS, 3, 2)[:, :, 1] = 0
+    (copy * 1).unflatten(-1, (3, 2))[:, 0] = 5
+    half = copy[:, 1:3]
+    half.unflatten(-1, (2, 3))[:, :, 0] *= 2
+    return copy
+
+
+def _masks(h: Any) -> None:
+    h[h > 0.5] = 0
+    h[h[..., 0] < 0] = 1
+    h[h[..., 1] < 0] = h[0, 0].clone()
+    h[:, 0][h[:, 0] > 0] = 7
+
+
 def _detached(h: Any) -> None:
     h.detach()[:, 0] = 1
 
@@ -148,8 +168,8 @@ def _clones_are_free(h: Any) -> Any:
 PROGRAMS = [
     _slice_write, _nested_write, _augmented_slice, _augmented_whole, _write_after_view,
     _view_of_view_sees_write_of_grandparent, _write_to_view_then_read_whole, _heads,
-    _heads_transposed, _permuted, _unsqueezed, _detached, _moved, _copies_are_not_views,
-    _list_index_write, _in_place_methods,
+    _heads_transposed, _permuted, _unsqueezed, _squeezed, _viewed_copies, _masks, _detached,
+    _moved, _copies_are_not_views, _list_index_write, _in_place_methods,
 ]  # fmt: skip
 
 
@@ -263,11 +283,11 @@ def test_a_change_of_a_computed_value_writes_nothing(session: Session, model: An
 def test_a_change_through_a_lost_view_of_a_hook_point_is_refused(
     session: Session, model: Any
 ) -> None:
-    with scratch(session) as trace, pytest.raises(GraphError, match=r"\.squeeze\(") as refused:
-        model.model.layers[1].output.squeeze(0)[0] = 1
+    with scratch(session) as trace, pytest.raises(GraphError, match=r"\.unfold\(") as refused:
+        model.model.layers[1].output.unfold(1, 2, 1)[0] = 1
 
     assert _writes_of(trace) == []
-    assert "squeeze(0)[0] = 1" in str(refused.value)
+    assert "unfold(1, 2, 1)[0] = 1" in str(refused.value)
 
 
 def test_a_value_changed_through_a_lost_view_is_refused_only_when_used_again(
