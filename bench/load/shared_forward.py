@@ -4,6 +4,9 @@ Server, users and reference are separate processes; while one side is measured t
 The reference runs `model(ids)` with a forward hook that clones, from token ids; the users' side
 includes writing the experiment, the wire, tokenisation, checks, queueing and the arrays.
 
+The same requests in one packed forward of the engine, in a process of its own, tell what of that
+the rest of the system takes: client, wire, admission, queue and links.
+
 A request that saves only a layer lets the server stop after that layer. So that the comparison
 with a whole forward is fair as well, it is also made with the last token's logits saved; one user
 alone is compared only like that.
@@ -11,6 +14,7 @@ alone is compared only like that.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -20,12 +24,16 @@ import typer
 from bench.load.researchers import Researchers, Round
 from bench.load.server import serving
 from bench.measure import Figure, alternate, differences, ratios, scaled, spread
+from bench.packed import PackedModel
 from bench.prompts import LENGTHS, draw
 from bench.record import Recorder
 from bench.reference import BareModel
 from bench.worker import Worker
 
 _TARGET_GAIN = 4.0
+
+#: What the whole system is to reach of the throughput of its packed forward.
+_TARGET_PART = 0.8
 
 #: What one user alone may wait longer than for the bare forward: milliseconds, and percent of it.
 _TARGET_MS, _TARGET_PERCENT = 5.0, 5.0
@@ -51,10 +59,11 @@ def main(
     with (
         serving(model, dtype) as url,
         Worker(BareModel, folder, dtype) as bare,
+        Worker(PackedModel, folder, dtype) as engine,
         Worker(Researchers, url, users) as researchers,
     ):
         _check(bare, researchers)
-        shared, sharing = _together(bare, researchers, users, rounds)
+        shared, sharing = _together(bare, engine, researchers, users, rounds)
         single, waiting = _alone(bare, researchers, alone)
         researchers.call("close")
     recorder.finish(shared + single, sharing | waiting, out)
@@ -77,9 +86,9 @@ def _check(bare: Worker, researchers: Worker) -> None:
 
 
 def _together(
-    bare: Worker, researchers: Worker, users: int, rounds: int
+    bare: Worker, engine: Worker, researchers: Worker, users: int, rounds: int
 ) -> tuple[list[Figure], dict[str, object]]:
-    """Compare all users at once with their requests one after another."""
+    """Compare all users at once with bare forwards one after another, and with a packed one."""
     layers = bare.call("num_layers")
 
     def reference(number: int) -> float:
@@ -89,16 +98,21 @@ def _together(
         asked: Round = researchers.call("ask", draw(number, users, layers), logits)
         return asked
 
+    def packed(number: int, logits: bool) -> float:
+        return float(engine.call("together", draw(number, users, layers), logits))
+
     seen = alternate(
         {
             "reference": reference,
             "layer": lambda number: shared(number, False),
+            "packed layer": lambda number: packed(number, False),
             "layer and logits": lambda number: shared(number, True),
+            "packed layer and logits": lambda number: packed(number, True),
         },
         rounds,
         warmups=2,
     )
-    bare_s: list[float] = [s for s in seen["reference"] if isinstance(s, float)]
+    bare_s = _seconds(seen["reference"])
     figures: list[Figure] = []
     observations: dict[str, object] = {"reference_s": bare_s}
     for what in ("layer", "layer and logits"):
@@ -115,8 +129,25 @@ def _together(
                 met=gain.median >= _TARGET_GAIN if judged else None,
             )
         )
+        packed_s = _seconds(seen[f"packed {what}"])
+        part = spread(ratios(packed_s, [each.seconds for each in asked]))
+        figures.append(
+            Figure(
+                name=f"{users} users saving a {what}, of the packed forward",
+                meaning="throughput of all users at once / of one packed forward by itself",
+                unit="x",
+                spread=part,
+                target=f">= {_TARGET_PART:g} x",
+                met=part.median >= _TARGET_PART,
+            )
+        )
         observations[f"{users} users saving a {what}"] = msgspec.to_builtins(asked)
+        observations[f"packed, saving a {what}, s"] = packed_s
     return figures, observations
+
+
+def _seconds(seen: Sequence[object]) -> list[float]:
+    return [each for each in seen if isinstance(each, float)]
 
 
 def _alone(

@@ -34,9 +34,10 @@ from ndif_client.explanation import Explanation
 from ndif_client.generation import GenerateOptions
 from ndif_client.held import Handle
 from ndif_client.prompts import Prompt
+from ndif_client.recording import TraceFunction
 from ndif_client.results import Result
 from ndif_client.session import Session
-from ndif_client.trace import Trace, TraceFunction, TraceOptions
+from ndif_client.trace import Trace, TraceOptions
 from ndif_client.wire.messages import HeldSpec, ModelSummary, ModelTree, TokenizeReply
 from ndif_client.wire.tensors import ArrayKind
 

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Literal, Self, TypeVar, Unpack
 from ndif_client.errors import ClosedTraceError, graph_error
 from ndif_client.generation import GenerateOptions, Generation
 from ndif_client.prompts import Prompt
+from ndif_client.recording import TraceFunction
 from ndif_client.results import Result
-from ndif_client.trace import Trace, TraceFunction, TraceOptions
+from ndif_client.trace import Trace, TraceOptions
 
 if TYPE_CHECKING:
     from ndif_client.session import Session

@@ -17,10 +17,11 @@ from ndif_client.decoding import DecodingOptions, as_decoding
 from ndif_client.errors import ClosedTraceError, graph_error
 from ndif_client.progress import OnProgress, Progress
 from ndif_client.prompts import Messages, Prompt
+from ndif_client.recording import TraceFunction
 from ndif_client.steps import PREFILL_BLOCK, Block, block_at
 from ndif_client.streaming import Token, TokenLog, TokenStream
 from ndif_client.submission import Pending, Reply
-from ndif_client.trace import CommonOptions, Trace, TraceFunction
+from ndif_client.trace import CommonOptions, Trace
 from ndif_client.wire.graph import Steps
 from ndif_client.wire.messages import Decoding, Generated, Numerics
 

@@ -85,8 +85,9 @@ def _members(cls: type) -> Iterator[str]:
     own = cls.__doc__ or ""
     yield f"{own.strip().splitlines()[0]}\n"
     known = {op.name for op in CATALOGUE.values()} | set(ALIASES)
-    titled = {each for each, _ in _CLASSES} - {cls}
-    mine = [b for b in cls.__mro__ if b not in titled and b.__module__.startswith("ndif_client.")]
+    shown = {base for each, _ in _CLASSES if cls is not each and issubclass(cls, each)
+             for base in each.__mro__}  # fmt: skip
+    mine = [b for b in cls.__mro__ if b not in shown and b.__module__.startswith("ndif_client.")]
     for name, member in (pair for base in mine for pair in vars(base).items()):
         if name.startswith("_") or (cls is Proxy and name.rstrip("_") in known):
             continue

@@ -17,8 +17,9 @@ from ndif_client.generation import Generation
 from ndif_client.held import Handle, Holder, name_of
 from ndif_client.progress import OnProgress, Progress, ProgressDisplay
 from ndif_client.prompts import Messages, Prompt, as_ids
+from ndif_client.recording import TraceFunction
 from ndif_client.submission import Submitter
-from ndif_client.trace import Trace, TraceFunction
+from ndif_client.trace import Trace
 from ndif_client.transport import Transport, quoted
 from ndif_client.wire.messages import (
     DetokenizeRequest,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -79,7 +80,9 @@ class ShardedModel:
         """
         module = shapes.submodule(self.model, path)
         if not self._holds_shards(module):
-            with ops.BoundedLookups():
+            # Watching every operation costs a sixth of a large matrix product.
+            looks_up = any(map(_is_integer, (*args, *kwargs.values())))
+            with ops.BoundedLookups() if looks_up else nullcontext():
                 return _output(module(*args, **kwargs))
         bound = inspect.signature(type(module).forward).bind(module, *args, **kwargs)
         args, kwargs = list(bound.args[1:]), bound.kwargs
@@ -108,6 +111,10 @@ def _output(output: Any) -> ops.Value:
     if isinstance(output, torch.Tensor):
         return output
     return tuple(item for item in output if isinstance(item, torch.Tensor))
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and not value.is_floating_point()
 
 
 def _together(collective: Callable[[], _T]) -> _T:
