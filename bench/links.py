@@ -9,11 +9,12 @@ from __future__ import annotations
 import asyncio
 import multiprocessing
 import secrets
+import socket
 import tempfile
 import time
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 
@@ -107,6 +108,83 @@ class Pair:
 
     def _shared(self, array: Any) -> memoryview:
         return _copy(self._link, array)
+
+
+class Echo:
+    """Bytes sent to another process and back over a unix socket, by uvloop and nothing else."""
+
+    def __init__(self) -> None:
+        import uvloop
+
+        own, other = socket.socketpair()
+        context = multiprocessing.get_context("spawn")
+        self._process = context.Process(target=_echo, args=(other,), daemon=True)
+        self._process.start()
+        other.close()
+        self._loop = uvloop.new_event_loop()
+        made = self._loop.create_unix_connection(_Answers, sock=own)
+        transport, self._answers = self._loop.run_until_complete(made)
+        self._transport = cast(asyncio.Transport, transport)
+
+    def there(self, num_bytes: int, calls: int) -> float:
+        """Send so many bytes and wait for them to come back; return the mean seconds of it."""
+        began = time.perf_counter()
+        self._loop.run_until_complete(self._ask(bytes(num_bytes), calls))
+        return (time.perf_counter() - began) / calls
+
+    def close(self) -> None:
+        """End both."""
+        self._transport.close()
+        self._loop.run_until_complete(asyncio.sleep(0))
+        self._loop.close()
+        self._process.join()
+
+    async def _ask(self, data: bytes, calls: int) -> None:
+        for _ in range(calls):
+            self._answers.missing = len(data)
+            self._answers.whole = self._loop.create_future()
+            self._transport.write(data)
+            await self._answers.whole
+
+
+class _Answers(asyncio.Protocol):
+    """Waits for so many bytes."""
+
+    missing = 0
+    whole: asyncio.Future[None]
+
+    def data_received(self, data: bytes) -> None:
+        self.missing -= len(data)
+        if not self.missing:
+            self.whole.set_result(None)
+
+
+class _Echoes(asyncio.Protocol):
+    """Sends back what comes."""
+
+    def __init__(self, ended: asyncio.Event) -> None:
+        self._ended = ended
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+
+    def data_received(self, data: bytes) -> None:
+        self._transport.write(data)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._ended.set()
+
+
+def _echo(other: socket.socket) -> None:
+    import uvloop
+
+    async def serve() -> None:
+        ended = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        await loop.create_unix_connection(lambda: _Echoes(ended), sock=other)
+        await ended.wait()
+
+    uvloop.run(serve())
 
 
 def read(memory: Any) -> int:

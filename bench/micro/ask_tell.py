@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from bench.links import Pair
+from bench.links import Echo, Pair
 from bench.measure import Figure, alternate, ratios, scaled, spread
 from bench.peers import environments
 from bench.peers.process import PeerProcess
@@ -46,11 +46,36 @@ def main(
         raise SystemExit(f"Ray is not there: python -m bench.peers install {_ENVIRONMENT}")
     recorder = Recorder("ask_tell", {"rounds": rounds})
     ray = PeerProcess(python, "ray_actor", "", "")
-    with Worker(Pair) as ours:
+    with Worker(Pair) as ours, Worker(Echo) as echo:
+        bare, bare_observations = _beside_a_bare_echo(ours, echo, rounds)
         figures, observations = compare(ours, ray, rounds)
         ours.call("close")
+        echo.call("close")
     ray.close()
-    recorder.finish(figures, {**observations, "versions": ray.versions}, out)
+    seen = {**observations, **bare_observations, "versions": ray.versions}
+    recorder.finish(figures + bare, seen, out)
+
+
+def _beside_a_bare_echo(
+    ours: Worker, echo: Worker, rounds: int
+) -> tuple[list[Figure], dict[str, dict[str, list[float]]]]:
+    """Compare asking with bytes sent back by uvloop alone: most of either is waking a process."""
+    num_bytes, calls = SIZES["1 KB"]
+    seconds = alternate(
+        {
+            "ours": lambda _: float(ours.call("there", num_bytes, calls)),
+            "echo": lambda _: float(echo.call("there", num_bytes, calls)),
+        },
+        rounds,
+        warmups=2,
+    )
+    figure = Figure(
+        name="there, 1 KB, beside a bare echo",
+        meaning="time with ours / of the same bytes sent there and back by uvloop alone",
+        unit="x",
+        spread=spread(ratios(seconds["ours"], seconds["echo"])),
+    )
+    return [figure], {"there, 1 KB, and a bare echo": seconds}
 
 
 def compare(
