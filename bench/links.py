@@ -203,6 +203,10 @@ def _array(num_bytes: int) -> Any:
 def _copy(link: Any, array: Any) -> memoryview:
     import numpy
 
+    from ndif_actor.actor.link import SHARE_BYTES
+
+    if array.nbytes < SHARE_BYTES:
+        return memoryview(array)  # sending it is cheaper than sharing it
     memory: memoryview = link.allocate(array.nbytes)
     numpy.frombuffer(memory, numpy.uint8)[:] = array
     return memory

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import cast
 
 from ndif_client.wire.frames import Buffer
@@ -28,6 +28,7 @@ class ByteChannel(asyncio.BufferedProtocol):
         self._ahead = memoryview(bytearray(_AHEAD_BYTES))
         self._start = self._stop = 0
         self._target: memoryview | None = None
+        self._take: Callable[[memoryview], int] | None = None
         self._wanted: asyncio.Future[None] | None = None
         self._writable = asyncio.Event()
         self._writable.set()
@@ -58,6 +59,12 @@ class ByteChannel(asyncio.BufferedProtocol):
                 self._wake()
             return
         self._stop += nbytes
+        if self._take is not None:
+            self._start += self._take(self._ahead[self._start : self._stop])
+            if self._start == self._stop:
+                self._start = self._stop = 0
+                return
+            self._take = None
         if self._stop == self._ahead.nbytes and self._transport is not None:
             self._paused = True
             self._transport.pause_reading()
@@ -78,6 +85,29 @@ class ByteChannel(asyncio.BufferedProtocol):
         self._writable.set()
 
     # ------------------------------------------------------------ our side
+
+    async def read_beyond(self, take: Callable[[memoryview], int]) -> None:
+        """Let `take` have what arrives, at once, until it leaves something to be read.
+
+        It is given what is there, and returns how many bytes of that it has taken.
+
+        Raises:
+            ChannelClosed: the stream ended before.
+        """
+        self._start += take(self._ahead[self._start : self._stop])
+        if self._start < self._stop:
+            return
+        if self._end is not None:
+            raise self._end
+        self._wanted = asyncio.get_running_loop().create_future()
+        self._take = take
+        self._resume()
+        try:
+            await self._wanted
+        finally:
+            self._wanted = self._take = None
+        if self._start == self._stop and self._end is not None:
+            raise self._end
 
     async def read_into(self, target: memoryview) -> None:
         """Fill `target` completely.
@@ -109,23 +139,40 @@ class ByteChannel(asyncio.BufferedProtocol):
                     raise self._end
                 return
 
-    async def write(self, pieces: Sequence[Buffer]) -> None:
-        """Send all pieces, in order; return when they may be reused or are copied.
+    def post(self, pieces: Sequence[Buffer]) -> bool:
+        """Send all pieces, in order; return whether `drain` is not to be waited for.
+
+        Where it is, they may be reused only after it.
 
         Raises:
             ChannelClosed: the stream has ended.
         """
         if self._end is not None or self._transport is None:
             raise self._end or ChannelClosed("the connection is not open")
-        if sum(map(len, pieces)) <= _COPY_BYTES:
-            self._transport.write(b"".join(pieces))
-            if self._transport.get_write_buffer_size() <= _COPY_BYTES:
-                return
-        else:
+        if sum(map(len, pieces)) > _COPY_BYTES:
             self._transport.writelines(pieces)
+            return False
+        self._transport.write(b"".join(pieces))
+        return self._transport.get_write_buffer_size() <= _COPY_BYTES
+
+    async def drain(self) -> None:
+        """Wait until everything that was sent is on its way.
+
+        Raises:
+            ChannelClosed: the stream has ended.
+        """
         await self._writable.wait()
         if self._end is not None:
             raise self._end
+
+    async def write(self, pieces: Sequence[Buffer]) -> None:
+        """Send all pieces, in order; return when they may be reused or are copied.
+
+        Raises:
+            ChannelClosed: the stream has ended.
+        """
+        if not self.post(pieces):
+            await self.drain()
 
     def close(self) -> None:
         """Close the connection; what was written is still sent."""

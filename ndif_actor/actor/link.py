@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
 from typing import Any, Generic, TypeVar
 
@@ -19,7 +19,14 @@ import msgspec
 
 from ndif_actor.actor.channel import ByteChannel, ChannelClosed
 from ndif_actor.actor.slabs import Block, HostIdentity, SlabMap, SlabPool
-from ndif_client.wire.frames import Buffer, FrameError, FrameLimits, encode_frame, read_frame
+from ndif_client.wire.frames import (
+    Buffer,
+    FrameError,
+    FrameLimits,
+    encode_frame,
+    read_frame,
+    whole_frame,
+)
 
 #: Smaller buffers are cheaper to send than to share.
 SHARE_BYTES = 64 << 10
@@ -69,23 +76,30 @@ _Envelope = _Tell | _Alive | _Release | _Unmap
 _encoder = msgspec.msgpack.Encoder()
 _envelopes = msgspec.msgpack.Decoder(_Envelope)
 
+#: What decoding and mapping raise for bytes that no honest peer sends.
+_UNREADABLE = (FrameError, msgspec.DecodeError, OSError, ValueError)
+
 MessageT = TypeVar("MessageT")
 
 
 class Received(Generic[MessageT]):
     """A message and its buffers, which stay valid until `release`."""
 
+    __slots__ = ("_borrowed", "_link", "_number", "buffers", "message")
+
     def __init__(
         self,
         message: MessageT,
         buffers: list[memoryview],
-        reply: Callable[..., Awaitable[None]] | None,
-        release: Callable[[], None],
+        link: Link[Any],
+        number: int | None,
+        borrowed: dict[int, int],
     ) -> None:
         self.message = message
         self.buffers = buffers
-        self._reply = reply
-        self._release: Callable[[], None] | None = release
+        self._link = link
+        self._number = number
+        self._borrowed = borrowed
 
     async def reply(self, message: msgspec.Struct, buffers: Sequence[Buffer] = ()) -> None:
         """Answer an `ask`.
@@ -93,15 +107,15 @@ class Received(Generic[MessageT]):
         Raises:
             LookupError: the message was told, not asked.
         """
-        if self._reply is None:
+        if self._number is None:
             raise LookupError(f"{type(self.message).__name__} was told, not asked")
-        await self._reply(message, buffers)
+        await self._link._send(message, buffers, answers=self._number)
 
     def release(self) -> None:
         """Give the buffers back to the sender; they must not be read any more."""
-        if self._release is not None:
-            release, self._release = self._release, None
-            release()
+        if self._borrowed:
+            borrowed, self._borrowed = self._borrowed, {}
+            self._link._give_back(borrowed)
 
 
 class LinkStatistics(msgspec.Struct, frozen=True, kw_only=True):
@@ -136,9 +150,9 @@ class Link(Generic[MessageT]):
         self._inbox: asyncio.Queue[Received[MessageT] | LinkClosed] = asyncio.Queue(_BACKLOG)
         self._answers: dict[int, asyncio.Future[Received[MessageT]]] = {}
         self._asks = itertools.count()
-        self._writing = asyncio.Lock()
         self._sent = self._received = 0
         self._closed: LinkClosed | None = None
+        self._unreadable: Exception | None = None
         self._background: set[asyncio.Task[None]] = set()
         for work in (self._read(), self._stay_alive()):
             self._spawn(work)
@@ -177,7 +191,9 @@ class Link(Generic[MessageT]):
         self._answers[number] = answer
         late = loop.call_later(timeout_s, _give_up, answer)
         try:
-            await self._send(message, buffers, asks=number)
+            if not self._post(message, buffers, asks=number):
+                async with asyncio.timeout(timeout_s):
+                    await self._drain()
             awake_until = loop.time() + _AWAKE_S
             while not answer.done() and loop.time() < awake_until:  # noqa: ASYNC110
                 await asyncio.sleep(0)
@@ -187,13 +203,20 @@ class Link(Generic[MessageT]):
             del self._answers[number]
 
     async def _send(
+        self, message: msgspec.Struct, buffers: Sequence[Buffer] = (), *, answers: int | None = None
+    ) -> None:
+        if not self._post(message, buffers, answers=answers):
+            await self._drain()
+
+    def _post(
         self,
         message: msgspec.Struct,
-        buffers: Sequence[Buffer] = (),
+        buffers: Sequence[Buffer],
         *,
         asks: int | None = None,
         answers: int | None = None,
-    ) -> None:
+    ) -> bool:
+        """Send a message; return whether it need not be waited for until that is done."""
         blocks: list[Block | None] = []
         inline: list[Buffer] = []
         for buffer in buffers:
@@ -202,16 +225,22 @@ class Link(Generic[MessageT]):
             if view is None:
                 inline.append(buffer)
         raw = msgspec.Raw(_encoder.encode(message))
-        await self._write(_Tell(raw, blocks, asks, answers), inline)
+        is_over = self._write(_Tell(raw, blocks, asks, answers), inline)
         self._sent += 1
+        return is_over
 
-    async def _write(self, envelope: Any, buffers: Sequence[Buffer] = ()) -> None:
+    def _write(self, envelope: Any, buffers: Sequence[Buffer] = ()) -> bool:
         if self._closed is not None:
             raise self._closed
-        pieces = encode_frame(_encoder.encode(envelope), buffers)
         try:
-            async with self._writing:
-                await self._channel.write(pieces)
+            return self._channel.post(encode_frame(_encoder.encode(envelope), buffers))
+        except ChannelClosed as error:
+            self._end(str(error))
+            raise self._closed or LinkClosed(str(error)) from None
+
+    async def _drain(self) -> None:
+        try:
+            await self._channel.drain()
         except ChannelClosed as error:
             self._end(str(error))
             raise self._closed or LinkClosed(str(error)) from None
@@ -247,22 +276,49 @@ class Link(Generic[MessageT]):
     async def _read(self) -> None:
         try:
             while True:
+                await self._channel.read_beyond(self._take_whole)
+                if self._unreadable is not None:
+                    raise self._unreadable
                 frame = await read_frame(self._channel, self._limits)
-                await self._take(_envelopes.decode(frame.header), frame.buffers)
+                received = self._take(_envelopes.decode(frame.header), frame.buffers)
+                if received is not None:
+                    await self._inbox.put(received)
         except ChannelClosed as error:
             self._end(str(error))
-        except (FrameError, msgspec.DecodeError, OSError, ValueError) as error:
+        except _UNREADABLE as error:
             self._end(f"the peer sent what can't be understood: {error}")
 
-    async def _take(self, envelope: _Envelope, inline: list[memoryview]) -> None:
+    def _take_whole(self, data: memoryview) -> int:
+        """Take the frames that are whole, while there is room; return how many bytes these have.
+
+        Small messages need no more than this, and no task has to be woken to read them.
+        """
+        taken = 0
+        try:
+            while not self._inbox.full():
+                found = whole_frame(data[taken:], self._limits)
+                if found is None:
+                    break
+                frame, nbytes = found
+                taken += nbytes
+                received = self._take(_envelopes.decode(frame.header), frame.buffers)
+                if received is not None:
+                    self._inbox.put_nowait(received)
+        except _UNREADABLE as error:
+            self._unreadable = error
+            return 0  # something is left, which ends the waiting
+        return taken
+
+    def _take(self, envelope: _Envelope, inline: list[memoryview]) -> Received[MessageT] | None:
+        """Take a message in; return it if it is for whoever receives next."""
         match envelope:
             case _Tell():
                 received = self._unwrap(envelope, inline)
                 self._received += 1
                 asked = envelope.answers
                 if asked is None:
-                    await self._inbox.put(received)
-                elif (waiting := self._answers.get(asked)) and not waiting.done():
+                    return received
+                if (waiting := self._answers.get(asked)) and not waiting.done():
                     waiting.set_result(received)
                 else:
                     received.release()
@@ -270,10 +326,11 @@ class Link(Generic[MessageT]):
                 for slab, count in blocks.items():
                     self._pool.release(slab, count)
                 if dropped := self._pool.take_dropped():
-                    await self._write(_Unmap(dropped))
+                    self._write_in_time(_Unmap(dropped))
             case _Unmap(slabs=slabs):
                 for slab in slabs:
                     self._map.drop(slab)
+        return None
 
     def _unwrap(self, envelope: _Tell, inline: list[memoryview]) -> Received[MessageT]:
         own = iter(inline)
@@ -285,24 +342,17 @@ class Link(Generic[MessageT]):
         for place in places:
             if place is not None:
                 borrowed[place.slab] = borrowed.get(place.slab, 0) + 1
-        asks = envelope.asks
-        reply = None
-        if asks is not None:
-            number = asks
-
-            async def reply(message: msgspec.Struct, buffers: Sequence[Buffer] = ()) -> None:
-                await self._send(message, buffers, answers=number)
-
         message = self._decoder.decode(envelope.message)
-        return Received(message, buffers, reply, lambda: self._give_back(borrowed))
+        return Received(message, buffers, self, envelope.asks, borrowed)
 
     def _give_back(self, borrowed: dict[int, int]) -> None:
-        if borrowed and self._closed is None:
-            self._spawn(self._release(borrowed))
+        if self._closed is None:
+            self._write_in_time(_Release(borrowed))
 
-    async def _release(self, borrowed: dict[int, int]) -> None:
+    def _write_in_time(self, envelope: _Envelope) -> None:
+        """Tell the peer what it need not know any more once the link has ended."""
         with suppress(LinkClosed):
-            await self._write(_Release(borrowed))
+            self._write(envelope)
 
     # ------------------------------------------------------------ life
 
@@ -311,7 +361,7 @@ class Link(Generic[MessageT]):
         seen, since = -1, loop.time()
         with suppress(LinkClosed):
             while True:
-                await self._write(_Alive())
+                self._write(_Alive())
                 await asyncio.sleep(HEARTBEAT_S)
                 if self._channel.received_bytes != seen or self._inbox.full():
                     seen, since = self._channel.received_bytes, loop.time()

@@ -81,6 +81,8 @@ def encode_frame(header: bytes, buffers: Sequence[Buffer] = ()) -> list[Buffer]:
     """
     if len(buffers) > 0xFFFF:
         raise FrameError(f"a frame carries at most 65535 buffers, not {len(buffers)}")
+    if not buffers:
+        return [_PRELUDE.pack(MAGIC, VERSION, 0, 0, len(header)) + header]
     views = [memoryview(b).cast("B") for b in buffers]
     prelude = _PRELUDE.pack(MAGIC, VERSION, 0, len(views), len(header))
     table = struct.pack(f"<{len(views)}Q", *(v.nbytes for v in views))
@@ -150,6 +152,34 @@ async def read_frame(source: ByteSource, limits: FrameLimits) -> Frame:
             await source.read_into(buffer)
         buffers.append(buffer)
     return Frame(header, buffers)
+
+
+def whole_frame(data: memoryview, limits: FrameLimits) -> tuple[Frame, int] | None:
+    """Copy the frame that lies at the beginning of `data`, if it is there to its end.
+
+    Returns:
+        The frame and its length in bytes; None if more of it is to come.
+
+    Raises:
+        FrameError: the frame is malformed or exceeds `limits`.
+    """
+    if data.nbytes < PRELUDE_BYTES:
+        return None
+    prelude = decode_prelude(data[:PRELUDE_BYTES], limits)
+    end = PRELUDE_BYTES + prelude.table_bytes + prelude.header_bytes
+    if data.nbytes < end:
+        return None
+    header = PRELUDE_BYTES + prelude.table_bytes
+    sizes = decode_table(prelude, data[PRELUDE_BYTES:header], limits)
+    position, end = end, end + sum(sizes)
+    if data.nbytes < end:
+        return None
+    own = memoryview(bytearray(data[:end]))
+    buffers = []
+    for size in sizes:
+        buffers.append(own[position : position + size])
+        position += size
+    return Frame(own[header : header + prelude.header_bytes], buffers), end
 
 
 def split_frame(data: Buffer, limits: FrameLimits) -> Frame:
