@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -12,6 +13,8 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 
 Post = Callable[[torch.Tensor], torch.Tensor | None]
+#: Takes the number of a layer and what passes there; returns what is to follow.
+Attended = Callable[[int, torch.Tensor], torch.Tensor]
 Hooks = Sequence[tuple[torch.nn.Module, Post]]
 
 
@@ -86,19 +89,39 @@ class Plain:
 
     def patterns(self, ids: Sequence[int]) -> list[torch.Tensor]:
         """Return what each layer's heads attend to: `[1, heads, tokens, tokens]`."""
-        softmax = torch.nn.functional.softmax
+        seen: list[torch.Tensor] = []
 
-        def exact(scores: torch.Tensor, dim: int, dtype: torch.dtype | None = None) -> Any:
+        def look(layer: int, pattern: torch.Tensor) -> torch.Tensor:
+            seen.append(pattern)
+            return pattern
+
+        self.attend(ids, pattern=look)
+        return seen
+
+    def attend(
+        self,
+        ids: Sequence[int],
+        *,
+        scores: Attended = lambda layer, value: value,
+        pattern: Attended = lambda layer, value: value,
+        **options: Any,
+    ) -> torch.Tensor:
+        """Return a prompt's logits; the scores and patterns of each layer may be changed."""
+        softmax, layers = torch.nn.functional.softmax, itertools.count()
+
+        def seen(value: torch.Tensor, dim: int, dtype: torch.dtype | None = None) -> Any:
+            if value.dim() != 4:
+                return softmax(value, dim, dtype=dtype)
+            layer = next(layers)
             # transformers computes attention's in float32, whatever the model's dtype.
-            return softmax(scores, dim, dtype=None if scores.dim() == 4 else dtype)
+            return pattern(layer, softmax(scores(layer, value), dim))
 
         self.model.set_attn_implementation("eager")
         try:
-            with torch.no_grad(), mock.patch("torch.nn.functional.softmax", exact):
-                output = self.model(torch.tensor([list(ids)]), output_attentions=True)
+            with mock.patch("torch.nn.functional.softmax", seen):
+                return self.run(ids, **options)
         finally:
             self.model.set_attn_implementation("sdpa")
-        return list(output.attentions)
 
     def lens(self, stream: torch.Tensor) -> torch.Tensor:
         logits: torch.Tensor = self.model.lm_head(self.norm(stream))

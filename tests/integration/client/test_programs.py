@@ -12,7 +12,11 @@ import torch
 from ndif_client import Session, connect, errors
 from ndif_client.results import Result
 from tests.conftest import MakeModel
-from tests.integration.client import control_programs, generation_programs  # noqa: F401 - add their own
+from tests.integration.client import (  # noqa: F401 - each adds its own
+    attention_programs,
+    control_programs,
+    generation_programs,
+)
 from tests.integration.client.plain import Plain
 from tests.integration.client.programs import EIFFEL, PROGRAMS, Values
 from tests.integration.server.harness import Server, running

@@ -12,6 +12,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -147,18 +148,28 @@ def save_layer(layer: int) -> list[Node]:
     return [ReadHook(HookPoint(f"model.layers.{layer}", "output")), Save(Ref(0), "h")]
 
 
-#: Side of the square matrix that `slow` multiplies.
-_SIDE = 1024
+@cache
+def _side() -> int:
+    """Return the side of a square matrix whose product with itself takes this machine 50 ms."""
+    known = np.zeros((1024, 1024), np.float32)
+    seconds = []
+    for _ in range(5):
+        began = time.perf_counter()
+        np.matmul(known, known)
+        seconds.append(time.perf_counter() - began)
+    side = 1024 * (0.05 / min(seconds)) ** (1 / 3)
+    return 64 * round(min(max(side, 1024), 2048) / 64)
 
 
 def slow(products: int) -> tuple[list[Node], list[memoryview]]:
     """Return nodes that keep a forward busy for roughly 50 ms a product, and their constant."""
-    nodes: list[Node] = [Constant(TensorSpec("float32", (_SIDE, _SIDE), 0))]
+    side = _side()
+    nodes: list[Node] = [Constant(TensorSpec("float32", (side, side), 0))]
     for number in range(products):
         nodes.append(Apply("matmul", [Ref(number), Ref(0)]))
     nodes.append(Apply("sum", [Ref(products)]))
     nodes.append(Save(Ref(products + 1), "sum"))
-    return nodes, [np.zeros((_SIDE, _SIDE), np.float32).data.cast("B")]
+    return nodes, [np.zeros((side, side), np.float32).data.cast("B")]
 
 
 class Outcome(msgspec.Struct):
