@@ -39,10 +39,10 @@ _IN_PLACE = frozenset(
         "abs", "acos", "add", "addcdiv", "addcmul", "asin", "atan", "atan2", "ceil", "clamp",
         "clamp_max", "clamp_min", "cos", "cosh", "cumprod", "cumsum", "div", "erf", "erfc", "exp",
         "exp2", "expm1", "floor", "floor_divide", "frac", "hypot", "index_add", "index_copy",
-        "index_fill", "lerp", "log", "log10",
-        "log1p", "log2", "masked_fill", "mul", "nan_to_num", "neg", "pow", "reciprocal", "relu",
-        "remainder", "round", "rsqrt", "scatter", "scatter_add", "sigmoid", "sign", "sin", "sinh",
-        "sqrt", "square", "sub", "tan", "tanh", "tril", "triu", "trunc", "xlogy",
+        "index_fill", "lerp", "log", "log10", "log1p", "log2", "masked_fill", "mul",
+        "nan_to_num", "neg", "pow", "reciprocal", "relu", "remainder", "round", "rsqrt", "scatter",
+        "scatter_add", "sigmoid", "sign", "sin", "sinh", "sqrt", "square", "sub", "tan", "tanh",
+        "tril", "triu", "trunc", "xlogy",
     )
 )  # fmt: skip
 

@@ -189,17 +189,20 @@ class Link(Generic[MessageT]):
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[Received[MessageT]] = loop.create_future()
         self._answers[number] = answer
-        late = loop.call_later(timeout_s, _give_up, answer)
+        late: asyncio.TimerHandle | None = None
+        end_s = loop.time() + timeout_s
         try:
             if not self._post(message, buffers, asks=number):
-                async with asyncio.timeout(timeout_s):
+                async with asyncio.timeout_at(end_s):
                     await self._drain()
+            late = loop.call_at(end_s, _give_up, answer)
             awake_until = loop.time() + _AWAKE_S
             while not answer.done() and loop.time() < awake_until:  # noqa: ASYNC110
                 await asyncio.sleep(0)
             return await answer
         finally:
-            late.cancel()
+            if late is not None:
+                late.cancel()
             del self._answers[number]
 
     async def _send(

@@ -240,10 +240,6 @@ def _type_as(input: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     return input.to(other.dtype)
 
 
-def _entr(input: torch.Tensor) -> torch.Tensor:
-    return torch.special.entr(input)
-
-
 def _reshape_as(input: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     return input.reshape(other.shape)
 
@@ -304,7 +300,7 @@ _SPECIAL: dict[str, Callable[..., Any]] = {
     "sort": _sort,
     "argsort": _argsort,
     "einsum": _einsum,
-    "entr": _entr,
+    "entr": torch.special.entr,
     "reshape_as": _reshape_as,
     "type_as": _type_as,
     "unfold": _unfold,

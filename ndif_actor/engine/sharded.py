@@ -15,7 +15,7 @@ import torch
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from ndif_actor.engine import ops, shapes
+from ndif_actor.engine import leaves, ops, shapes
 from ndif_actor.engine.layout import Sharded, ShardGroup
 from ndif_actor.errors import ReplicaLost
 from ndif_client.wire.graph import HookPoint
@@ -81,7 +81,7 @@ class ShardedModel:
         module = shapes.submodule(self.model, path)
         if not self._holds_shards(module):
             # Watching every operation costs a sixth of a large matrix product.
-            looks_up = any(map(_is_integer, (*args, *kwargs.values())))
+            looks_up = any(not t.is_floating_point() for _, t in leaves.walk((args, kwargs)))
             with ops.BoundedLookups() if looks_up else nullcontext():
                 return _output(module(*args, **kwargs))
         bound = inspect.signature(type(module).forward).bind(module, *args, **kwargs)
@@ -111,10 +111,6 @@ def _output(output: Any) -> ops.Value:
     if isinstance(output, torch.Tensor):
         return output
     return tuple(item for item in output if isinstance(item, torch.Tensor))
-
-
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and not value.is_floating_point()
 
 
 def _together(collective: Callable[[], _T]) -> _T:

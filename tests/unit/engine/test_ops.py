@@ -311,3 +311,14 @@ def test_a_tuple_of_tensors_is_indexed_by_a_number() -> None:
     assert_same(ops.apply(CATALOGUE["getitem"], (pair, 1), {}, CPU), pair[1])
     with pytest.raises(TypeError, match="one number or slice"):
         ops.apply(CATALOGUE["getitem"], (pair, (slice(None), 0)), {}, CPU)
+
+
+@pytest.mark.parametrize("mask", [MASK[:2], MASK[:, :3], MASK[None]])
+def test_a_mask_of_another_shape_is_refused(mask: torch.Tensor) -> None:
+    with pytest.raises(IndexError, match="a mask of shape"):
+        ops.apply(CATALOGUE["setitem"], (X, mask, 0.0), {}, torch.device("cpu"))
+
+
+def test_as_many_values_as_a_mask_is_true_are_refused() -> None:
+    with pytest.raises(IndexError, match="depends on values"):
+        ops.apply(CATALOGUE["setitem"], (X, MASK, X[MASK]), {}, torch.device("cpu"))
