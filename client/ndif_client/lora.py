@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ndif_client import ops
 from ndif_client.caching import Modules, find_modules
 from ndif_client.envoy import Envoy
 from ndif_client.errors import NdifError, graph_error
@@ -140,13 +141,9 @@ class LoRA:
         for path, (first, second) in self.factors.items():
             module = self._model[path]
             entered = module.input
-            taken = entered.to("float32")
             if dropout:
-                taken = taken.dropout(dropout)
-            # Factors read from a file may be of half precision.
-            added = (taken @ first.to("float32").mT) @ second.to("float32").mT
-            own = module.output
-            module.output = own + (added * self.scaling).to(_dtype(module))
+                entered = entered.to("float32").dropout(dropout)
+            module.output = ops.low_rank(module.output, entered, first, second, self.scaling)
 
     async def save(self, session: Session, folder: str | os.PathLike[str]) -> None:
         """Write it as PEFT does, to be loaded there or here."""
@@ -173,10 +170,6 @@ class LoRA:
 
 def _targets(paths: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(paths))
-
-
-def _dtype(module: Envoy) -> str:
-    return next(hook.dtype for hook in module._info.hooks if hook.port == "output")
 
 
 def _shape(path: str, info: ModuleInfo) -> tuple[int, int]:

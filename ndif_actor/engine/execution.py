@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
 import torch
 
@@ -13,6 +13,7 @@ from ndif_actor.engine.backward import BackwardPlan
 from ndif_actor.engine.batch import Rows, padding_mask
 from ndif_actor.engine.held import Holdings
 from ndif_actor.engine.hookpoints import MASK
+from ndif_actor.engine.low_rank import LowRank
 from ndif_actor.engine.moments import Moment
 from ndif_actor.engine.program import BEFORE_FORWARD, Program
 from ndif_actor.engine.sharded import ShardedModel
@@ -137,17 +138,33 @@ class Execution:
 
     def run(self, order: int, moment: LiveMoment | None) -> None:
         """Run the nodes of one moment of the forward."""
+        for _ in self.course(order, moment):
+            pass
+
+    def course(self, order: int, moment: LiveMoment | None) -> Iterator[LowRank | None]:
+        """Run the nodes of one moment, and stop at what can be computed along with other groups'.
+
+        Where the others stop is the same on all shards: a group that has failed stops too.
+        """
         made: list[int] = []
         for number in self.plan.nodes.get(order, ()):
             node = self.program.graph.nodes[number]
             if self.fault is not None:
                 self._keep_in_step(number, node, moment)
+                if _is_low_rank(node):
+                    yield None
                 continue
             try:
                 if not self._holds(number):
                     self._leave_out(number)
                     continue
-                value = self._run(number, node, moment)
+                if _is_low_rank(node):
+                    args, kwargs = shapes.arguments(node, self._values.__getitem__)
+                    update = LowRank(*args, **kwargs)
+                    yield update
+                    value: Any = update.result()
+                else:
+                    value = self._run(number, node, moment)
                 if number in self.plan.watched and not isinstance(node, ReadHook):
                     value = _watched(value)
                 if number in self.program.conditions.deciding:
@@ -365,6 +382,10 @@ class Execution:
             args, kwargs = shapes.arguments(node, lambda n: _zeros(known[n], self._model.device))
             with self.pause_hooks():
                 self._model.call(node.path, args, kwargs)
+
+
+def _is_low_rank(node: Node) -> TypeGuard[Apply]:
+    return isinstance(node, Apply) and node.op == "low_rank"
 
 
 def _watched(value: torch.Tensor) -> torch.Tensor:

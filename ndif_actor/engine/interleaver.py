@@ -10,7 +10,7 @@ in which order, follows from the programs alone, so all shards stay in step.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from typing import Any
 
@@ -20,6 +20,7 @@ from ndif_actor.engine import leaves
 from ndif_actor.engine.execution import Execution
 from ndif_actor.engine.hookpoints import HookTable
 from ndif_actor.engine.internals import PORTS, Squares, listening
+from ndif_actor.engine.low_rank import LowRank, compute_together
 from ndif_actor.engine.moments import Moment
 from ndif_actor.engine.operations import Unoffered, watching
 from ndif_actor.engine.program import BEFORE_FORWARD
@@ -27,6 +28,10 @@ from ndif_client.wire.graph import AttentionPort, Port
 
 #: After every moment, so that a forward which must reach it returns what it computes.
 END_OF_FORWARD = 1 << 30
+
+
+#: What the course of a group ends with.
+_ENDED = object()
 
 
 class ForwardComplete(BaseException):
@@ -151,8 +156,7 @@ class Interleaver:
         here = LiveMoment(structure)
         # The model computes rotary embeddings without gradients; what users compute there has them.
         with torch.set_grad_enabled(True) if self._differentiating else nullcontext():
-            for group in self._groups:
-                group.run(order, here)
+            _run_together([group.course(order, here) for group in self._groups])
         if order == self._last:
             raise ForwardComplete
         return here.structure if here.changed else None
@@ -165,6 +169,14 @@ class Interleaver:
             yield
         finally:
             self._paused = False
+
+
+def _run_together(courses: Sequence[Iterator[LowRank | None]]) -> None:
+    """Run the nodes of all groups at one moment; what several stop at is computed as one."""
+    while courses:
+        stops = [(course, next(course, _ENDED)) for course in courses]
+        compute_together([stop for _, stop in stops if isinstance(stop, LowRank)])
+        courses = [course for course, stop in stops if stop is not _ENDED]
 
 
 class _Ear:

@@ -15,7 +15,7 @@ import msgspec
 
 #: Things remembered, and the longest bytes of a graph of which anything is.
 _ENTRIES = 128
-_MOST_BYTES = 32 << 10
+_MOST_BYTES = 256 << 10
 
 T = TypeVar("T")
 

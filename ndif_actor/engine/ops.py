@@ -13,6 +13,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ndif_actor.engine import random_operations
+from ndif_actor.engine.low_rank import low_rank
 from ndif_client.wire.catalogue import CATALOGUE, Op
 from ndif_client.wire.graph import Argument, Dots, Dtype, Items, Ref, Slice
 
@@ -301,6 +302,7 @@ _SPECIAL: dict[str, Callable[..., Any]] = {
     "argsort": _argsort,
     "einsum": _einsum,
     "entr": torch.special.entr,
+    "low_rank": low_rank,
     "reshape_as": _reshape_as,
     "type_as": _type_as,
     "unfold": _unfold,

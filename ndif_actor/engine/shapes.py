@@ -468,6 +468,9 @@ def _flops(node: Node, value: Any, values: Mapping[int, Any]) -> int:
     args, _ = arguments(node, values.__getitem__)
     taken = [a for a in args if isinstance(a, torch.Tensor)]
     made = value if isinstance(value, tuple) else (value,)
+    if node.op == "low_rank":
+        _, x, a, b = taken
+        return 2 * x.shape[:-1].numel() * (a.numel() + b.numel())
     if CATALOGUE[node.op].cost == "matmul" and taken:
         return 2 * made[0].numel() * taken[0].shape[-1 if taken[0].dim() else 0 :].numel()
     return max((tensor.numel() for tensor in (*taken, *made)), default=0)

@@ -196,6 +196,10 @@ def _ops() -> list[Op]:
     op("kron", "input other", "Kronecker product.")
     op("cross", "input other dim", "Cross product of vectors of length 3.")
     op("trace", "input", "Sum of the diagonal of a matrix.", cost="reduction")
+    op("low_rank", "input x a b scaling",
+       "`input + scaling * x @ a.mT @ b.mT`, in float32 at least: what a LoRA adapter makes of a "
+       "module's output and input. Of all users at once, where they share a forward.",
+       home="special", method=False, cost="matmul")  # fmt: skip
     op("cdist", "x1 x2 p", "Distances between two sets of vectors.", method=False, cost="matmul")
     op("cosine_similarity", "x1 x2 dim eps", "Cosine of the angle along `dim`.", method=False,
        cost="reduction")  # fmt: skip

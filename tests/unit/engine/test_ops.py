@@ -49,6 +49,7 @@ EXAMPLES: dict[str, tuple[Any, ...]] = {
     "cholesky": (SYMMETRIC,), "solve": (SYMMETRIC, X.mT.contiguous()), "inv": (SYMMETRIC,),
     "pinv": (X,), "det": (SQUARE,), "slogdet": (SQUARE,), "matrix_power": (SQUARE, 3),
     "addmm": (X, X, SQUARE), "baddbmm": (CUBE, CUBE, SQUARE.expand(2, 4, 4)),
+    "low_rank": (SQUARE, SQUARE, X, X.mT.contiguous(), 0.5),
     "cross": (X[:, :3], Y[:, :3], -1), "trace": (SQUARE,),
     "nll_loss": (X.log(), torch.tensor([1, 3, -100])), "l1_loss": (X, Y),
     "smooth_l1_loss": (X, Y), "huber_loss": (X, Y), "binary_cross_entropy_with_logits": (X, Y),
