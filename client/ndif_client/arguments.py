@@ -28,8 +28,9 @@ from ndif_client.wire.tensors import ITEM_BYTES, is_array
 
 #: Parameters that torch also takes as several arguments: `x.view(1, -1)`.
 _SPREAD = {
-    "broadcast_to": 1, "einsum": 1, "expand": 1, "flip": 1, "ones": 0, "permute": 1, "rand": 0,
-    "randn": 0, "repeat": 1, "reshape": 1, "view": 1, "zeros": 0,
+    "block_diag": 0, "broadcast_to": 1, "einsum": 1, "expand": 1, "flip": 1, "meshgrid": 0,
+    "new_ones": 1, "new_zeros": 1, "ones": 0, "permute": 1, "rand": 0, "randn": 0, "repeat": 1,
+    "reshape": 1, "tile": 1, "view": 1, "zeros": 0,
 }  # fmt: skip
 
 #: numpy's words that torch takes too.

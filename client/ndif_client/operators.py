@@ -46,6 +46,13 @@ _IN_PLACE = frozenset(
     )
 )  # fmt: skip
 
+#: Functions of torch.linalg that the catalogue has under other names.
+_LINALG = {"cross": "linalg_cross", "diagonal": "linalg_diagonal", "matmul": "matmul",
+           "norm": "linalg_norm"}  # fmt: skip
+
+#: Operations of torch.linalg that torch itself offers too, and means the same by.
+_SAME_IN_TORCH = frozenset(("det", "logdet", "matrix_power", "slogdet"))
+
 _UNANSWERABLE = ("__bool__", "__contains__", "__float__", "__int__", "__complex__", "__index__",
                  "__array__")  # fmt: skip
 
@@ -74,21 +81,36 @@ def torch_function(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, An
     own = bool(args) and isinstance(args[0], Proxy)
     if name.startswith("__") and name.endswith("__"):
         return _operator(name, args, own)
-    name = name.removeprefix("linalg_").removeprefix("special_")
     in_place = name.endswith("_") and not name.endswith("__")
     if in_place and not own:
         raise _local_change()
     if own and in_place and hasattr(Proxy, name):
         changed: Proxy = getattr(args[0], name)(*args[1:], **kwargs)
         return changed
-    name = ALIASES.get(name, name)
-    if name not in CATALOGUE:
+    op = _entry(name)
+    if op is None:
         raise graph_error(
             f"torch's {name!r} is not in the catalogue of operations; dir(ndif_client.ops) lists "
             "what is",
             UnknownNameError,
         )
-    return apply_op(name, args, _without_defaults(function, CATALOGUE[name], kwargs))
+    named = _without_defaults(function, op, kwargs)
+    if named.pop("inplace", False):  # as the layers of torch.nn have it
+        if not own:
+            raise _local_change()
+        return change_op(op.name, args[0], args[1:], named)
+    return apply_op(op.name, args, named)
+
+
+def _entry(name: str) -> Op | None:
+    """Return the catalogue's operation that does what torch's function of that name does."""
+    if name.startswith("linalg_"):
+        name = name.removeprefix("linalg_")
+        op = CATALOGUE.get(_LINALG.get(name, name))
+        return op if op is not None and (op.home == "linalg" or name in _LINALG) else None
+    op = CATALOGUE.get(ALIASES.get(name, name).removeprefix("special_"))
+    is_other = op is not None and op.home == "linalg" and name not in (*ALIASES, *_SAME_IN_TORCH)
+    return None if is_other else op
 
 
 def _operator(name: str, args: tuple[Any, ...], own: bool) -> Proxy:
@@ -132,7 +154,10 @@ def _without_defaults(function: Any, op: Op, kwargs: Mapping[str, Any]) -> dict[
             known = {}  # type: ignore[assignment]
         for name in extra:
             default = known[name].default if name in known else None
-            if kept[name] is None or kept[name] is False or kept[name] == default:
+            # What means something is kept, so that it is followed or refused: False is not always
+            # what an argument is by default.
+            simple = isinstance(default, bool | int | float | str) and type(kept[name]) is type(default)
+            if kept[name] is None or (simple and kept[name] == default):
                 del kept[name]
     return kept
 

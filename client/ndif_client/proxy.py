@@ -371,7 +371,12 @@ def _fields(op: Op, args: list[Any], kwargs: dict[str, Any]) -> tuple[str, ...] 
         return tuple(map(str, range(args[1])))
     if op.name == "split" and len(args) > 1 and isinstance(args[1], Items):
         return tuple(map(str, range(len(args[1].values))))
-    return () if op.name in ("chunk", "split", "unbind") else None
+    if op.name == "tensor_split" and len(args) > 1 and not isinstance(args[1], Ref):
+        pieces = len(args[1].values) + 1 if isinstance(args[1], Items) else args[1]
+        return tuple(map(str, range(pieces)))
+    if op.name == "meshgrid" and isinstance(args[0], Items):
+        return tuple(map(str, range(len(args[0].values))))
+    return () if op.name in ("chunk", "split", "tensor_split", "unbind") else None
 
 
 def _unknown(value: Value, asked: str) -> ValueUnknownError:

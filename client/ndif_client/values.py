@@ -24,8 +24,9 @@ from ndif_client.wire.messages import HookInfo
 VIEW_OPS = frozenset(
     (
         "broadcast_to", "chunk", "detach", "diagonal", "expand", "flatten", "getitem", "movedim",
-        "narrow", "permute", "reshape", "reshape_as", "select", "split", "squeeze", "transpose",
-        "unbind", "unflatten", "unfold", "unsqueeze", "view",
+        "expand_as", "linalg_diagonal", "narrow", "permute", "reshape", "reshape_as", "select",
+        "split", "squeeze", "t", "tensor_split", "transpose", "unbind", "unflatten", "unfold",
+        "unsqueeze", "view",
     )
 )  # fmt: skip
 
@@ -285,7 +286,7 @@ def _inverse(view: View) -> Apply | None:
         return Apply("setitem", [Ref(view.parent._node), args[0], _CHILD])
     if op == "detach":
         return Apply(_SAME, [_CHILD])
-    if op == "transpose":
+    if op in ("t", "transpose"):
         return Apply(op, [_CHILD, *args], named)
     if op == "movedim" and len(args) == 2:
         return Apply(op, [_CHILD, args[1], args[0]])

@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ndif_actor.engine import random_operations
-from ndif_actor.engine.low_rank import low_rank
+from ndif_actor.engine import random_operations, special_operations
 from ndif_client.wire.catalogue import CATALOGUE, Op
 from ndif_client.wire.graph import Argument, Dots, Dtype, Items, Ref, Slice
 
@@ -116,7 +115,7 @@ def check_bounds(op: Op, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
     """Check index tensors on the host: on a device, a bad index would kill everybody's process."""
     assert op.bounded_index is not None
     index = argument(op, op.parameters[op.bounded_index], args, kwargs)
-    if op.name == "setitem" and _is_mask(index):
+    if op.name == "setitem" and special_operations.is_mask(index):
         return
     if op.name in ("getitem", "setitem"):
         _check_subscripts(argument(op, "input", args, kwargs), index)
@@ -135,6 +134,10 @@ def _limits(op: Op, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[int, i
             raise ValueError("one_hot needs num_classes, a number above 0")
         return 0, classes
     source = argument(op, "input", args, kwargs)
+    if op.name == "take":
+        return -source.numel(), source.numel()
+    if op.name == "bincount":
+        return 0, special_operations.bins(argument(op, "minlength", args, kwargs))
     if op.name in _CLASSES:
         return 0, source.shape[-1 if source.dim() == 1 else 1]
     dim = argument(op, "dim", args, kwargs)
@@ -147,7 +150,7 @@ def _check_subscripts(value: Any, index: Any) -> None:
     if not isinstance(value, torch.Tensor):
         return
     axis = 0
-    parts = _subscripts(index)
+    parts = special_operations.subscripts(index)
     consumed = sum(p is not None and p is not ... for p in parts)
     for part in parts:
         if part is None:
@@ -195,131 +198,21 @@ class BoundedLookups(TorchDispatchMode):
 
 # ---------------------------------------------------------------- the table
 
-
-def _subscripts(index: Any) -> tuple[Any, ...]:
-    """Return an index as a tuple of subscripts; a list of numbers in it becomes an index tensor."""
-    parts = index if isinstance(index, tuple) else (index,)
-    return tuple(torch.tensor(part) if isinstance(part, tuple) else part for part in parts)
-
-
-def _getitem(input: Any, index: Any) -> Any:
-    if isinstance(input, tuple):
-        if not isinstance(index, int | slice):
-            raise TypeError("a tuple of tensors is indexed by one number or slice")
-        return input[index]
-    return input[_subscripts(index)]
-
-
-def _setitem(input: torch.Tensor, index: Any, value: Any) -> torch.Tensor:
-    if _is_mask(index):
-        return _masked(input, index, value)
-    changed = input.clone()
-    changed[_subscripts(index)] = value
-    return changed
-
-
-def _is_mask(index: Any) -> bool:
-    return isinstance(index, torch.Tensor) and index.dtype == torch.bool
-
-
-def _masked(input: torch.Tensor, mask: torch.Tensor, value: Any) -> torch.Tensor:
-    """Return `input` with `value` wherever the mask over its first dimensions is true."""
-    if mask.shape != input.shape[: mask.dim()]:
-        raise IndexError(f"a mask of shape {list(mask.shape)} for a value of {list(input.shape)}")
-    rest = input.dim() - mask.dim()
-    if not isinstance(value, torch.Tensor):
-        return input.masked_fill(mask.reshape(*mask.shape, *[1] * rest), value)
-    if value.dim() > rest:
-        raise IndexError(
-            "what is written where a mask is true has the same value there, as how often it is "
-            "true depends on values; use where(mask, a, b)"
-        )
-    return torch.where(mask.reshape(*mask.shape, *[1] * rest), value.to(input.dtype), input)
-
-
-def _type_as(input: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    return input.to(other.dtype)
-
-
-def _reshape_as(input: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    return input.reshape(other.shape)
-
-
-def _unfold(input: torch.Tensor, dimension: int, size: int, step: int) -> torch.Tensor:
-    return input.unfold(dimension, size, step)
-
-
-def _to(input: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return input.to(dtype)
-
-
-def _view(input: torch.Tensor, shape: Any) -> torch.Tensor:
-    return input.reshape(shape)
-
-
-def _expand(input: torch.Tensor, shape: Any) -> torch.Tensor:
-    return input.expand(shape)
-
-
-def _repeat(input: torch.Tensor, repeats: Any) -> torch.Tensor:
-    return input.repeat(repeats)
-
-
-def _div(input: torch.Tensor, other: Any, rounding_mode: str | None = None) -> torch.Tensor:
-    if rounding_mode == "trunc" and not torch.result_type(input, other).is_floating_point:
-        # The smallest integer divided by -1 overflows, which ends the process.
-        minus_one = torch.as_tensor(other) == -1
-        divisor = torch.where(minus_one, 1, other)
-        return torch.where(minus_one, -input, torch.div(input, divisor, rounding_mode="trunc"))
-    return torch.div(input, other, rounding_mode=rounding_mode)
-
-
-def _sort(
-    input: torch.Tensor, dim: int = -1, descending: bool = False, stable: bool = False
-) -> Any:
-    return torch.sort(input, dim=dim, descending=descending, stable=stable)
-
-
-def _argsort(
-    input: torch.Tensor, dim: int = -1, descending: bool = False, stable: bool = False
-) -> torch.Tensor:
-    return torch.argsort(input, dim=dim, descending=descending, stable=stable)
-
-
-def _einsum(equation: str, operands: Sequence[torch.Tensor]) -> torch.Tensor:
-    return torch.einsum(equation, *operands)
-
-
-_SPECIAL: dict[str, Callable[..., Any]] = {
-    "getitem": _getitem,
-    "setitem": _setitem,
-    "to": _to,
-    "view": _view,
-    "expand": _expand,
-    "repeat": _repeat,
-    "div": _div,
-    "sort": _sort,
-    "argsort": _argsort,
-    "einsum": _einsum,
-    "entr": torch.special.entr,
-    "low_rank": low_rank,
-    "reshape_as": _reshape_as,
-    "type_as": _type_as,
-    "unfold": _unfold,
-}
-
-_CREATION = frozenset(("zeros", "ones", "full", "arange", "linspace", "eye"))
+_CREATION = frozenset(
+    ("zeros", "ones", "full", "arange", "linspace", "eye", "tril_indices", "triu_indices")
+)
 
 _HOMES: dict[str, Any] = {
     "torch": torch,
     "functional": torch.nn.functional,
     "linalg": torch.linalg,
+    "fft": torch.fft,
 }
 
 
 def _callable(op: Op) -> Callable[..., Any]:
     if op.home == "special":
-        return _SPECIAL[op.name]
+        return special_operations.CALLABLES[op.name]
     found: Callable[..., Any] = getattr(_HOMES[op.home], op.torch_name or op.name)
     return found
 

@@ -63,8 +63,14 @@ def _bernoulli(
 
 
 def _dropout(
-    generator: torch.Generator, device: torch.device, input: torch.Tensor, p: float = 0.5
+    generator: torch.Generator,
+    device: torch.device,
+    input: torch.Tensor,
+    p: float = 0.5,
+    training: bool = True,
 ) -> torch.Tensor:
+    if not training:
+        return input
     if not 0 <= p <= 1:
         raise ValueError(f"dropout: p is a probability, not {p}")
     if input.is_meta or p == 1:

@@ -12,7 +12,7 @@ from typing import Literal
 import msgspec
 
 Cost = Literal["free", "elementwise", "reduction", "matmul", "sort"]
-Home = Literal["torch", "functional", "linalg", "special", "random"]
+Home = Literal["torch", "functional", "linalg", "fft", "special", "random"]
 
 
 class Op(msgspec.Struct, frozen=True, kw_only=True):
@@ -78,11 +78,21 @@ def _ops() -> list[Op]:
         )
 
     unary("neg abs exp exp2 expm1 log log2 log10 log1p sqrt rsqrt square reciprocal")
-    unary("sin cos tan asin acos atan sinh cosh tanh sigmoid erf erfc erfinv lgamma digamma relu")
+    unary("sin cos tan asin acos atan sinh cosh tanh asinh acosh atanh sinc logit")
+    unary("sigmoid erf erfc erfinv lgamma digamma relu real imag angle")
     unary("floor ceil trunc frac sign", differentiable=False)
-    unary("isnan isinf isfinite logical_not bitwise_not", differentiable=False)
-    unary("silu softplus logsigmoid mish relu6 hardswish selu softsign", home="functional")
-    binary("mul fmod copysign floor_divide remainder maximum minimum atan2 logaddexp hypot xlogy")
+    unary("isnan isinf isfinite signbit logical_not bitwise_not", differentiable=False)
+    unary("silu logsigmoid mish relu6 hardswish hardsigmoid selu softsign tanhshrink",
+          home="functional")  # fmt: skip
+    op("softplus", "input beta threshold", "Softplus.", home="functional")
+    op("hardtanh", "input min_val max_val", "Each element limited to a range.",
+       home="functional")  # fmt: skip
+    op("threshold", "input threshold value", "`value` where not above `threshold`.",
+       home="functional")  # fmt: skip
+    op("celu", "input alpha", "Celu.", home="functional")
+    op("prelu", "input weight", "Leaky ReLU with a slope of each channel.", home="functional")
+    binary("mul fmod copysign floor_divide remainder maximum minimum atan2 logaddexp logaddexp2")
+    binary("hypot xlogy ldexp")
     binary("eq ne lt le gt ge logical_and logical_or logical_xor", differentiable=False)
     binary("bitwise_and bitwise_or bitwise_xor isclose", differentiable=False)
     op("heaviside", "input values", "0 below 0, 1 above, `values` at 0.", differentiable=False)
@@ -96,6 +106,10 @@ def _ops() -> list[Op]:
     op("addcdiv", "input tensor1 tensor2 * value", "`input + value * tensor1 / tensor2`.")
     op("lerp", "input end weight", "Linear interpolation from `input` to `end`.")
     op("clamp", "input min max", "Each element limited to `[min, max]`.")
+    op("allclose", "input other rtol atol equal_nan", "Whether all elements are close: one bool.",
+       home="special", cost="reduction", differentiable=False)  # fmt: skip
+    op("equal", "input other", "Whether shapes and elements are equal: one bool.",
+       home="special", cost="reduction", differentiable=False)  # fmt: skip
     op("clamp_min", "input min", "Each element, `min` at least.")
     op("clamp_max", "input max", "Each element, `max` at most.")
     op("round", "input * decimals", "Each element rounded.", differentiable=False)
@@ -123,6 +137,14 @@ def _ops() -> list[Op]:
     op("std", "input dim * correction keepdim", "Standard deviation.", cost="reduction")
     op("var", "input dim * correction keepdim", "Variance.", cost="reduction")
     reduction("amax amin logsumexp nansum nanmean")
+    op("var_mean", "input dim * correction keepdim", "Variance and mean.", cost="reduction",
+       method=False, fields=("var", "mean"))  # fmt: skip
+    op("std_mean", "input dim * correction keepdim", "Standard deviation and mean.",
+       cost="reduction", method=False, fields=("std", "mean"))  # fmt: skip
+    op("aminmax", "input * dim keepdim", "Smallest and largest value.", cost="reduction",
+       fields=("min", "max"))  # fmt: skip
+    op("cov", "input * correction", "Covariances of the rows.", home="special", cost="matmul")
+    op("corrcoef", "input", "Correlations of the rows.", home="special", cost="matmul")
     reduction("argmax argmin all any count_nonzero", differentiable=False)
     ops[-1] = msgspec.structs.replace(ops[-1], parameters=("input", "dim"))
     op("norm", "input p dim keepdim", "The `p`-norm over `dim`, or of everything.",
@@ -133,8 +155,10 @@ def _ops() -> list[Op]:
        fields=("values", "indices"), cost="reduction")  # fmt: skip
     op("median", "input dim keepdim", "Median; with `dim`, values and indices.",
        fields=("values", "indices"), cost="sort")  # fmt: skip
-    op("cumsum", "input dim", "Running sum along `dim`.", cost="reduction")
-    op("cumprod", "input dim", "Running product along `dim`.", cost="reduction")
+    op("mode", "input dim keepdim", "Most frequent value along `dim`.",
+       fields=("values", "indices"), cost="sort")  # fmt: skip
+    op("cumsum", "input dim * dtype", "Running sum along `dim`.", cost="reduction")
+    op("cumprod", "input dim * dtype", "Running product along `dim`.", cost="reduction")
     op("logcumsumexp", "input dim", "Logarithm of the running sum of exponentials along `dim`.",
        cost="reduction")  # fmt: skip
     op("cummax", "input dim", "Running maximum along `dim`.", fields=("values", "indices"),
@@ -150,13 +174,25 @@ def _ops() -> list[Op]:
        fields=("values", "indices"), cost="sort")  # fmt: skip
     op("argsort", "input dim descending stable", "Indices that sort along `dim`.", home="special",
        differentiable=False, cost="sort")  # fmt: skip
-    op("quantile", "input q dim keepdim", "Quantiles along `dim`.", cost="sort")
+    op("quantile", "input q dim keepdim * interpolation", "Quantiles along `dim`.", cost="sort")
+    op("msort", "input", "Sorted along the first dimension.", cost="sort")
+    op("bucketize", "input boundaries * right", "Which bucket each element falls into.",
+       differentiable=False, method=False, cost="sort")  # fmt: skip
+    op("searchsorted", "sorted_sequence input * right", "Where elements would be inserted.",
+       differentiable=False, method=False, cost="sort")  # fmt: skip
+    op("histc", "input bins min max", "Histogram; `min` and `max` are required.", home="special",
+       differentiable=False, cost="sort")  # fmt: skip
+    op("bincount", "input weights minlength",
+       "How often each number below `minlength` occurs; it is required.", home="special",
+       differentiable=False, cost="sort", bounded_index=0)  # fmt: skip
+    op("trapezoid", "y x", "Integral along the last dimension.", method=False)
 
     op("matmul", "input other", "Matrix product, broadcasting batch dimensions.", cost="matmul")
     op("mm", "input mat2", "Product of two matrices.", cost="matmul")
     op("bmm", "input mat2", "Batched product of matrices.", cost="matmul")
     op("mv", "input vec", "Matrix times vector.", cost="matmul")
     op("dot", "input tensor", "Inner product of two vectors.", cost="matmul")
+    op("inner", "input other", "Inner products over the last dimension.", cost="matmul")
     op("outer", "input vec2", "Outer product of two vectors.", cost="matmul")
     op("einsum", "equation operands", "Einstein summation; operands as one list.", home="special",
        method=False, cost="matmul")  # fmt: skip
@@ -179,10 +215,25 @@ def _ops() -> list[Op]:
        method=False, cost="matmul")  # fmt: skip
     op("solve", "A B", "`X` such that `A @ X = B`.", home="linalg", method=False,
        cost="matmul")  # fmt: skip
+    op("lstsq", "A B", "`solution` for which `A @ solution` is nearest to `B`; `A` has full rank.",
+       home="special", method=False, fields=("solution",), cost="matmul")  # fmt: skip
+    op("matrix_norm", "input ord dim keepdim", "Norm of matrices.", home="linalg", method=False,
+       cost="matmul")  # fmt: skip
+    op("linalg_norm", "input ord dim keepdim * dtype", "`torch.linalg.norm`: of vectors or matrices.",
+       home="linalg", torch_name="norm", method=False, cost="matmul")  # fmt: skip
+    op("linalg_cross", "input other * dim", "`torch.linalg.cross`: of vectors of length 3.",
+       home="linalg", torch_name="cross", method=False)  # fmt: skip
+    op("linalg_diagonal", "A * offset dim1 dim2", "`torch.linalg.diagonal`: of the last two.",
+       home="linalg", torch_name="diagonal", method=False, cost="free")  # fmt: skip
+    op("multi_dot", "tensors", "Product of several matrices.", home="linalg", method=False,
+       cost="matmul")  # fmt: skip
+    op("vecdot", "x y * dim", "Inner products along `dim`.", home="linalg", method=False,
+       cost="matmul")  # fmt: skip
     op("inv", "A", "Inverse of a matrix.", home="linalg", method=False, cost="matmul")
     op("pinv", "input", "Pseudoinverse (Moore-Penrose) of a matrix.", home="linalg", method=False,
        cost="matmul")  # fmt: skip
     op("det", "A", "Determinant.", home="linalg", method=False, cost="matmul")
+    op("logdet", "input", "Logarithm of the determinant.", cost="matmul")
     op("slogdet", "A", "Sign and logarithm of the determinant.", home="linalg", method=False,
        fields=("sign", "logabsdet"), cost="matmul")  # fmt: skip
     op("matrix_power", "input n", "A matrix multiplied with itself `n` times.", home="linalg",
@@ -190,6 +241,8 @@ def _ops() -> list[Op]:
     op("addmm", "input mat1 mat2 * beta alpha", "`beta * input + alpha * mat1 @ mat2`.",
        cost="matmul")  # fmt: skip
     op("baddbmm", "input batch1 batch2 * beta alpha", "`addmm` of batches of matrices.",
+       cost="matmul")  # fmt: skip
+    op("addmv", "input mat vec * beta alpha", "`beta * input + alpha * mat @ vec`.",
        cost="matmul")  # fmt: skip
     op("tensordot", "a b dims", "Products summed over `dims` dimensions, or two lists of them.",
        method=False, cost="matmul")  # fmt: skip
@@ -206,12 +259,23 @@ def _ops() -> list[Op]:
     op("vector_norm", "x ord dim keepdim", "Vector norm.", home="linalg", method=False,
        cost="reduction")  # fmt: skip
 
-    op("cross_entropy", "input target * ignore_index reduction label_smoothing",
-       "Cross entropy of logits and class indices.", home="functional", method=False,
+    op("scaled_dot_product_attention", "query key value attn_mask dropout_p is_causal scale",
+       "Softmax attention; without dropout.", home="special",
+       method=False, cost="matmul")  # fmt: skip
+    op("conv1d", "input weight bias stride padding dilation groups", "Convolution.",
+       home="functional", method=False, cost="matmul")  # fmt: skip
+    op("avg_pool1d", "input kernel_size stride padding", "Means of windows.", home="functional",
+       method=False)  # fmt: skip
+    for name in ("fft", "ifft", "rfft", "irfft"):
+        op(f"fft_{name}", "input n dim norm", f"`torch.fft.{name}`.", home="fft", torch_name=name,
+           method=False, cost="sort")  # fmt: skip
+
+    op("cross_entropy", "input target * weight ignore_index reduction label_smoothing",
+       "Cross entropy of logits and class indices, or probabilities.", home="functional", method=False,
        cost="reduction", bounded_index=1)  # fmt: skip
     op("kl_div", "input target * reduction log_target", "Kullback-Leibler divergence.",
        home="functional", method=False, cost="reduction")  # fmt: skip
-    op("nll_loss", "input target * ignore_index reduction",
+    op("nll_loss", "input target * weight ignore_index reduction",
        "Negative log likelihood of log probabilities and class indices.", home="functional",
        method=False, cost="reduction", bounded_index=1)  # fmt: skip
     op("mse_loss", "input target * reduction", "Mean squared error.", home="functional",
@@ -222,6 +286,19 @@ def _ops() -> list[Op]:
        home="functional", method=False, cost="reduction")  # fmt: skip
     op("huber_loss", "input target * reduction delta", "Huber loss.", home="functional",
        method=False, cost="reduction")  # fmt: skip
+    op("binary_cross_entropy", "input target * weight reduction",
+       "Binary cross entropy of probabilities.", home="functional", method=False,
+       cost="reduction")  # fmt: skip
+    op("cosine_embedding_loss", "input1 input2 target * margin reduction",
+       "Distance by cosine of pairs that are (1) or are not (-1) alike.", home="functional",
+       method=False, cost="reduction")  # fmt: skip
+    op("margin_ranking_loss", "input1 input2 target * margin reduction",
+       "Hinge loss of which is to be larger.", home="functional", method=False,
+       cost="reduction")  # fmt: skip
+    op("triplet_margin_loss", "anchor positive negative * margin p eps swap reduction",
+       "Hinge loss of the distances from an anchor.", home="functional", method=False,
+       cost="reduction")  # fmt: skip
+    op("dist", "input other p", "`p`-norm of the difference.", cost="reduction")
     op("binary_cross_entropy_with_logits", "input target * weight reduction pos_weight",
        "Binary cross entropy of logits and targets in [0, 1].", home="functional", method=False,
        cost="reduction")  # fmt: skip
@@ -237,6 +314,8 @@ def _ops() -> list[Op]:
        bounded_index=2)  # fmt: skip
     op("scatter_add", "input dim index src", "`input` with `src` added at `index` along `dim`.",
        bounded_index=2)  # fmt: skip
+    op("scatter_reduce", "input dim index src reduce * include_self",
+       "`src` reduced into `input` at `index` along `dim`.", bounded_index=2)  # fmt: skip
     op("index_select", "input dim index", "Whole slices at `index` along `dim`.",
        bounded_index=2)  # fmt: skip
     op("index_add", "input dim index source", "`source` added to the slices at `index`.",
@@ -245,12 +324,15 @@ def _ops() -> list[Op]:
        bounded_index=2)  # fmt: skip
     op("index_fill", "input dim index value", "`value` put at the slices at `index`.",
        bounded_index=2)  # fmt: skip
+    op("take", "input index", "Elements by their number in the flattened value.",
+       bounded_index=1)  # fmt: skip
     op("take_along_dim", "input indices dim", "Values at `indices` along `dim`.", bounded_index=1)
     op("embedding", "input weight", "Rows of `weight` at the ids `input`.", home="functional",
        method=False, bounded_index=0)  # fmt: skip
     op("one_hot", "input num_classes", "One-hot vectors; `num_classes` is required.",
        home="functional", differentiable=False, bounded_index=0)  # fmt: skip
-    op("where", "condition input other", "`input` where `condition`, else `other`.", method=False)
+    op("where", "condition input other", "`input` where `condition`, else `other`.",
+       method=False)  # fmt: skip
     op("masked_fill", "input mask value", "`value` where `mask`.")
 
     for name, parameters, doc in (
@@ -266,11 +348,14 @@ def _ops() -> list[Op]:
         ("narrow", "input dim start length", "`length` slices from `start` along `dim`."),
         ("select", "input dim index", "One slice along `dim`."),
         ("diagonal", "input offset dim1 dim2", "The diagonal of two dimensions."),
+        ("t", "input", "A matrix transposed; a vector as it is."),
         ("detach", "input", "The value without its gradient history."),
     ):
         op(name, parameters, doc, cost="free")
     op("view", "input shape", "The same elements in another shape.", home="special", cost="free")
     op("reshape_as", "input other", "The same elements in the shape of `other`.", home="special",
+       cost="free")  # fmt: skip
+    op("expand_as", "input other", "Expanded to the shape of `other`.", home="special",
        cost="free")  # fmt: skip
     op("unfold", "input dimension size step", "Windows of `size` slices along a dimension.",
        home="special", cost="free")  # fmt: skip
@@ -279,11 +364,19 @@ def _ops() -> list[Op]:
     op("repeat", "input repeats", "Repeated along each dimension.", home="special")
     op("split", "tensor split_size_or_sections dim", "A tuple of pieces along `dim`.", cost="free")
     op("chunk", "input chunks dim", "A tuple of `chunks` pieces along `dim`.", cost="free")
+    op("tensor_split", "input indices_or_sections dim", "A tuple of pieces along `dim`.",
+       home="special", cost="free")  # fmt: skip
     op("unbind", "input dim", "A tuple of slices along `dim`.", cost="free")
     op("cat", "tensors dim", "Tensors joined along `dim`.", method=False)
     op("stack", "tensors dim", "Tensors joined along a new dimension.", method=False)
     op("vstack", "tensors", "Tensors joined along the first dimension.", method=False)
     op("hstack", "tensors", "Tensors joined along the second dimension.", method=False)
+    op("dstack", "tensors", "Tensors joined along the third dimension.", method=False)
+    op("column_stack", "tensors", "Vectors as the columns of a matrix.", method=False)
+    op("block_diag", "tensors", "Matrices along the diagonal of one.", method=False,
+       home="special")  # fmt: skip
+    op("meshgrid", "tensors indexing", "Grids of the coordinates in vectors.", method=False,
+       home="special")  # fmt: skip
     op("pad", "input pad mode value", "Values put before and after, from the last dimension on.",
        home="functional", method=False)  # fmt: skip
     op("tile", "input dims", "Repeated along the last dimensions.")
@@ -295,6 +388,7 @@ def _ops() -> list[Op]:
     op("tril", "input diagonal", "Lower triangle.")
     op("triu", "input diagonal", "Upper triangle.")
     op("diag", "input diagonal", "Diagonal matrix from a vector, or the reverse.")
+    op("diag_embed", "input offset dim1 dim2", "Diagonal matrices from vectors.")
     op("clone", "input", "A copy.")
     op("to", "input dtype", "The value in another dtype.", home="special")
     op("type_as", "input other", "The value in the dtype of `other`.", home="special")
@@ -307,6 +401,15 @@ def _ops() -> list[Op]:
     op("linspace", "start end steps * dtype", "`steps` numbers from `start` to `end`.",
        method=False, differentiable=False)  # fmt: skip
     op("eye", "n m * dtype", "The identity matrix.", method=False, differentiable=False)
+    op("tril_indices", "row col offset * dtype", "Places of the lower triangle.", method=False,
+       differentiable=False)  # fmt: skip
+    op("triu_indices", "row col offset * dtype", "Places of the upper triangle.", method=False,
+       differentiable=False)  # fmt: skip
+    for name in ("zeros", "ones"):
+        op(f"new_{name}", "input size * dtype", f"{name.capitalize()} of the same dtype.",
+           home="special", differentiable=False)  # fmt: skip
+    op("new_full", "input size fill_value * dtype", "A constant of the same dtype.",
+       home="special", differentiable=False)  # fmt: skip
     op("zeros_like", "input * dtype", "Zeros of the same shape.", differentiable=False)
     op("ones_like", "input * dtype", "Ones of the same shape.", differentiable=False)
     op("full_like", "input fill_value * dtype", "A constant of the same shape.",
@@ -325,7 +428,7 @@ def _ops() -> list[Op]:
        method=False, differentiable=False)  # fmt: skip
     op("bernoulli", "input", "1 with the probability in each element, else 0.", home="random",
        differentiable=False)  # fmt: skip
-    op("dropout", "input p", "Elements zeroed with probability `p`, the others scaled up.",
+    op("dropout", "input p training", "Elements zeroed with probability `p`, the others scaled up.",
        home="random")  # fmt: skip
     op("multinomial", "input num_samples replacement", "Indices drawn by the weights in each row.",
        home="random", differentiable=False)  # fmt: skip
@@ -336,9 +439,12 @@ CATALOGUE: dict[str, Op] = {op.name: op for op in _ops()}
 
 #: Other names torch users know for the same operation.
 ALIASES: dict[str, str] = {
-    "absolute": "abs", "bitwise_invert": "bitwise_not", "clip": "clamp", "concat": "cat",
-    "concatenate": "cat", "divide": "div", "equal": "eq", "greater": "gt", "greater_equal": "ge",
-    "less": "lt", "less_equal": "le", "moveaxis": "movedim", "multiply": "mul",
-    "negative": "neg", "not_equal": "ne", "pinverse": "pinv", "subtract": "sub",
-    "swapaxes": "transpose", "swapdims": "transpose", "true_divide": "div", "view_as": "reshape_as",
+    "absolute": "abs", "arccos": "acos", "arcsin": "asin", "arctan": "atan", "arctan2": "atan2",
+    "bitwise_invert": "bitwise_not", "clip": "clamp", "concat": "cat", "concatenate": "cat",
+    "divide": "div", "expit": "sigmoid", "fix": "trunc", "ger": "outer", "greater": "gt",
+    "greater_equal": "ge", "inverse": "inv", "less": "lt", "less_equal": "le",
+    "moveaxis": "movedim", "multiply": "mul", "negative": "neg", "not_equal": "ne",
+    "pinverse": "pinv", "ravel": "flatten", "row_stack": "vstack", "subtract": "sub",
+    "swapaxes": "transpose", "swapdims": "transpose", "trapz": "trapezoid",
+    "true_divide": "div", "view_as": "reshape_as",
 }  # fmt: skip

@@ -284,7 +284,7 @@ IMPOSSIBLE: list[tuple[Callable[[Any], Any], str]] = [
     (lambda h: torch.ones(6).add_(h), "tensor of this machine can't be changed"),
     (lambda h: torch.ones(6).__setitem__(0, h), "tensor of this machine can't be changed"),
     (lambda h: torch.ones(6)[h], "can't be indexed by a value"),
-    (lambda h: torch.fft.fft(h), "fft.*not in the catalogue"),
+    (lambda h: torch.fft.fft2(h), "fft.*not in the catalogue"),
 ]
 
 

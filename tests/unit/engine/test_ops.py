@@ -41,7 +41,7 @@ EXAMPLES: dict[str, tuple[Any, ...]] = {
     "norm": (X, 2, -1, True), "max": (X, -1, True), "min": (X, -1, True),
     "median": (X, -1, True), "cumsum": (X, -1), "cumprod": (X, -1),
     "topk": (X, 2, -1, True, True), "sort": (X, -1, True, True), "argsort": (X, -1, True, True),
-    "quantile": (X, 0.25, -1, True), "matmul": (CUBE, SQUARE), "mm": (X, SQUARE),
+    "quantile": (X, 0.25, -1, True), "ldexp": (X, COUNTS), "matmul": (CUBE, SQUARE), "mm": (X, SQUARE),
     "bmm": (CUBE, CUBE.mT.contiguous()), "mv": (X, VECTOR), "dot": (VECTOR, VECTOR),
     "outer": (VECTOR, VECTOR), "einsum": ("bij,kj->bik", (CUBE, SQUARE)),
     "linear": (X, SQUARE, VECTOR), "matrix_exp": (SQUARE,), "qr": (X.mT.contiguous(), "reduced"),
@@ -49,6 +49,27 @@ EXAMPLES: dict[str, tuple[Any, ...]] = {
     "cholesky": (SYMMETRIC,), "solve": (SYMMETRIC, X.mT.contiguous()), "inv": (SYMMETRIC,),
     "pinv": (X,), "det": (SQUARE,), "slogdet": (SQUARE,), "matrix_power": (SQUARE, 3),
     "addmm": (X, X, SQUARE), "baddbmm": (CUBE, CUBE, SQUARE.expand(2, 4, 4)),
+    "imag": (torch.fft.rfft(X),), "softplus": (X, 2.0, 5.0), "hardtanh": (X, 0.2, 0.5), "threshold": (X, 0.5, 0.0),
+    "celu": (X, 0.5), "prelu": (X, VECTOR), "allclose": (X, Y, 1e-3, 1e-3, True),
+    "equal": (X, X), "var_mean": (X, -1), "std_mean": (X, -1), "aminmax": (X,),
+    "cov": (X,), "corrcoef": (X,), "mode": (X, -1, True), "msort": (X,),
+    "bucketize": (X, VECTOR.sort().values), "searchsorted": (X.sort().values, Y),
+    "histc": (X, 5, 0.0, 1.0), "bincount": (PICKED, PICKED.float(), 7), "trapezoid": (X, Y),
+    "inner": (X, Y), "lstsq": (SYMMETRIC, X.mT.contiguous()), "matrix_norm": (X, 2, (0, 1), True),
+    "linalg_norm": (X, 2, (0, 1), True), "linalg_cross": (X[:, :3], Y[:, :3]),
+    "linalg_diagonal": (CUBE,), "multi_dot": ((X, SQUARE, X.mT),), "vecdot": (X, Y),
+    "logdet": (SYMMETRIC,), "addmv": (X[:, 0], X, VECTOR), "fft_fft": (X, 4, -1, "ortho"),
+    "fft_ifft": (X, 4, -1, "ortho"), "fft_rfft": (X, 4, -1, "ortho"),
+    "fft_irfft": (torch.fft.rfft(X), 4, -1, "ortho"), "conv1d": (CUBE, CUBE[:, :, :2], X[0, :2],
+    1, 0, 1, 1), "avg_pool1d": (CUBE, 2, 1, 0), "scaled_dot_product_attention":
+    (CUBE, CUBE, CUBE, None, 0.0, True, 0.3), "binary_cross_entropy": (X.sigmoid(), Y.sigmoid()),
+    "cosine_embedding_loss": (X, Y, X[:, 0].sign()), "dist": (X, Y, 2.0),
+    "margin_ranking_loss": (X, Y, X.sign()), "triplet_margin_loss": (X, Y, X * 2),
+    "scatter_reduce": (X, 0, ROWS, Y, "amax"), "take": (X, PICKED), "t": (X,),
+    "expand_as": (VECTOR, X), "tensor_split": (X, (1, 3), 1), "dstack": ((X, Y),),
+    "column_stack": ((X, Y),), "block_diag": ((X, Y),), "meshgrid": ((VECTOR, X[0]), "xy"),
+    "diag_embed": (X, 1, 0, 1), "tril_indices": (3, 4, 1), "triu_indices": (3, 4, 1),
+    "new_zeros": (X, (2, 3)), "new_ones": (X, (2, 3)), "new_full": (X, (2, 3), 7.0),
     "low_rank": (SQUARE, SQUARE, X, X.mT.contiguous(), 0.5),
     "cross": (X[:, :3], Y[:, :3], -1), "trace": (SQUARE,),
     "nll_loss": (X.log(), torch.tensor([1, 3, -100])), "l1_loss": (X, Y),
@@ -78,7 +99,7 @@ EXAMPLES: dict[str, tuple[Any, ...]] = {
     "triu": (SQUARE, 1), "diag": (VECTOR, 1), "to": (X, torch.bfloat16), "zeros": ((2, 3),),
     "ones": ((2, 3),), "full": ((2, 3), 7.0), "arange": (1, 9, 2), "linspace": (0.0, 1.0, 5),
     "eye": (2, 3), "full_like": (X, 7.0), "rand": ((2, 3),), "randn": ((2, 3),),
-    "randint": (-2, 9, (2, 3)), "randperm": (5,), "dropout": (X, 0.25),
+    "randint": (-2, 9, (2, 3)), "randperm": (5,), "dropout": (X, 0.25, True),
     "bernoulli": (X.clamp(max=1),), "multinomial": (X, 2, True),
 }  # fmt: skip
 
@@ -86,12 +107,27 @@ EXAMPLES: dict[str, tuple[Any, ...]] = {
 KEYWORDS: dict[str, dict[str, Any]] = {
     "add": {"alpha": 2}, "sub": {"alpha": 2}, "div": {"rounding_mode": "floor"},
     "addcmul": {"value": 2.0}, "addcdiv": {"value": 2.0}, "round": {"decimals": 1},
-    "gelu": {"approximate": "tanh"}, "sum": {"dtype": torch.float64},
+    "gelu": {"approximate": "tanh"}, "var_mean": {"correction": 0, "keepdim": True},
+    "std_mean": {"correction": 0, "keepdim": True}, "aminmax": {"dim": 0, "keepdim": True},
+    "cov": {"correction": 0}, "cumsum": {"dtype": torch.float64}, "cumprod":
+    {"dtype": torch.float64}, "quantile": {"interpolation": "nearest"},
+    "bucketize": {"right": True}, "searchsorted": {"right": True}, "vecdot": {"dim": -1},
+    "linalg_norm": {"dtype": torch.float64}, "linalg_cross": {"dim": -1},
+    "linalg_diagonal": {"offset": 1, "dim1": -2, "dim2": -1},
+    "addmv": {"beta": 0.5, "alpha": 2.0}, "binary_cross_entropy":
+    {"weight": None, "reduction": "sum"}, "cosine_embedding_loss":
+    {"margin": 0.1, "reduction": "sum"}, "margin_ranking_loss":
+    {"margin": 0.1, "reduction": "sum"}, "triplet_margin_loss":
+    {"margin": 0.5, "p": 2.0, "eps": 1e-6, "swap": True, "reduction": "sum"},
+    "scatter_reduce": {"include_self": False}, "tril_indices": {"dtype": torch.int32},
+    "triu_indices": {"dtype": torch.int32}, "new_zeros": {"dtype": torch.int64},
+    "new_ones": {"dtype": torch.int64}, "new_full": {"dtype": torch.int64}, "sum": {"dtype": torch.float64},
     "mean": {"dtype": torch.float64}, "prod": {"dtype": torch.float64},
     "std": {"correction": 0, "keepdim": True}, "var": {"correction": 0, "keepdim": True},
-    "cross_entropy": {"ignore_index": -100, "reduction": "sum", "label_smoothing": 0.1},
+    "cross_entropy": {"weight": VECTOR, "ignore_index": -100, "reduction": "sum",
+                      "label_smoothing": 0.1},
     "addmm": {"beta": 0.5, "alpha": 2.0}, "baddbmm": {"beta": 0.5, "alpha": 2.0},
-    "nll_loss": {"ignore_index": -100, "reduction": "sum"},
+    "nll_loss": {"weight": VECTOR, "ignore_index": -100, "reduction": "sum"},
     "l1_loss": {"reduction": "sum"}, "smooth_l1_loss": {"reduction": "sum", "beta": 0.5},
     "huber_loss": {"reduction": "sum", "delta": 0.5},
     "binary_cross_entropy_with_logits":
@@ -179,7 +215,7 @@ def test_every_op_with_several_results_names_them(op: Op) -> None:
     result = ops.apply(op, example(op), KEYWORDS.get(op.name, {}), CPU)
 
     if isinstance(result, tuple):
-        assert op.name in ("split", "chunk", "unbind") or len(op.fields) == len(result)
+        assert op.name in ("split", "chunk", "tensor_split", "unbind", "meshgrid") or len(op.fields) == len(result)
 
 
 def test_an_op_gives_what_torch_gives() -> None:
