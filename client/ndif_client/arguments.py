@@ -33,6 +33,9 @@ _SPREAD = {
     "reshape": 1, "tile": 1, "view": 1, "zeros": 0,
 }  # fmt: skip
 
+#: Those that torch also lets say `unbiased`, by name or after what they go over.
+_SPREADS = frozenset(("std", "std_mean", "var", "var_mean"))
+
 #: numpy's words that torch takes too.
 _OTHER_WORDS = {"axis": "dim", "keepdims": "keepdim"}
 
@@ -61,8 +64,9 @@ def bind(
     most = op.parameters.index("*") if "*" in op.parameters else len(known)
     if op.name in _SPREAD:
         positional = _gather(positional, _SPREAD[op.name])
-    if op.name in ("std", "var") and "unbiased" in named:
-        named["correction"] = int(named.pop("unbiased"))
+    if op.name in _SPREADS:
+        positional = _without_unbiased(positional, named)
+    _drop_where(named)
     while len(positional) < most and known[len(positional)] in named:
         positional.append(named.pop(known[len(positional)]))
     if len(positional) > most:
@@ -73,6 +77,27 @@ def bind(
         if name not in known:
             raise graph_error(f"{op.name} has no argument {name!r} here: {usage(op)}")
     return positional, named
+
+
+def _without_unbiased(positional: list[Any], named: dict[str, Any]) -> list[Any]:
+    """Say `unbiased` as today's torch does, by `correction`."""
+    place = next((i for i, value in enumerate(positional) if i and isinstance(value, bool)), None)
+    if place is not None and place < 3:
+        named["correction"] = int(positional[place])
+        if len(positional) > place + 1:
+            named["keepdim"] = positional[place + 1]
+        return positional[:place]
+    if "unbiased" in named:
+        named["correction"] = int(named.pop("unbiased"))
+    return positional
+
+
+def _drop_where(named: dict[str, Any]) -> None:
+    """Drop what torch's functions take about memory and history, where it changes no number."""
+    named.pop("device", None)
+    for name in ("requires_grad", "pin_memory"):
+        if named.get(name) is False:
+            del named[name]
 
 
 def usage(op: Op) -> str:

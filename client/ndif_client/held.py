@@ -9,7 +9,7 @@ with session.trace(other) as trace:
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from typing import Any
 from weakref import WeakValueDictionary
@@ -130,8 +130,6 @@ class Handle(Delegate):
     is let go of when its handle is; others stay until `session.drop` or the end of the session.
     """
 
-    __array_ufunc__ = None
-
     def __init__(
         self,
         holder: Holder,
@@ -171,8 +169,22 @@ class Handle(Delegate):
             raise self._unchangeable()
         return getattr(self._sole_value(), name)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name.startswith("_"):
+            object.__setattr__(self, name, value)
+        elif name == "grad":
+            self._sole_value().grad = value
+        else:
+            raise graph_error(f"the held value {self._shown()} has no {name!r} to be set")
+
     def __getitem__(self, index: Any) -> Proxy:
         return self._sole_value()[index]
+
+    def __iter__(self) -> Iterator[Proxy]:
+        return iter(self._sole_value())
+
+    def __len__(self) -> int:
+        return len(self._sole_value())
 
     def __setitem__(self, index: Any, value: Any) -> None:
         raise self._unchangeable()
@@ -245,4 +257,5 @@ def _forward(name: str) -> Any:
 
 for _name in operator_names():
     setattr(Handle, _name, _forward(_name))
-Handle.__torch_function__ = Proxy.__torch_function__  # type: ignore[attr-defined]
+for _name in ("__torch_function__", "__array_ufunc__", "__array_function__"):
+    setattr(Handle, _name, vars(Proxy)[_name])

@@ -6,6 +6,8 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
+
 from ndif_client.arguments import signature
 from ndif_client.errors import UnknownNameError, graph_error
 from ndif_client.proxy import Proxy, _unknown, apply_op, change_op, fill
@@ -156,8 +158,9 @@ def _without_defaults(function: Any, op: Op, kwargs: Mapping[str, Any]) -> dict[
             default = known[name].default if name in known else None
             # What means something is kept, so that it is followed or refused: False is not always
             # what an argument is by default.
-            simple = isinstance(default, bool | int | float | str) and type(kept[name]) is type(default)
-            if kept[name] is None or (simple and kept[name] == default):
+            simple = isinstance(default, bool | int | float | str)
+            same = simple and type(kept[name]) is type(default) and kept[name] == default
+            if kept[name] is None or same:
                 del kept[name]
     return kept
 
@@ -196,7 +199,7 @@ def _unary(op: str) -> Method:
 
 
 def _cast(dtype: str) -> Method:
-    return lambda self: apply_op("to", (self, dtype), {})
+    return lambda self: self.to(dtype)
 
 
 def _unanswerable(asked: str) -> Method:
@@ -270,6 +273,37 @@ def _install_all() -> None:
     _install("copy_", _fill())
 
 
+#: numpy's functions of elements -> the catalogue's, where the names differ.
+_UFUNCS = {
+    "equal": "eq", "invert": "bitwise_not", "power": "pow", "rint": "round", "mod": "remainder",
+}  # fmt: skip
+
+
+def _array_ufunc(self: Proxy, function: Any, method: str, *args: Any, **kwargs: Any) -> Proxy:
+    """Record what numpy was asked to do with a proxy: `array - proxy`, `np.sqrt(proxy)`."""
+    if any(isinstance(out, np.ndarray) for out in kwargs.get("out", ())):
+        raise _local_change()
+    name = _UFUNCS.get(function.__name__, function.__name__)
+    name = ALIASES.get(name, name)
+    if method != "__call__" or kwargs or name not in CATALOGUE:
+        raise graph_error(
+            f"numpy's {function.__name__!r} can't be applied to a value of the trace; "
+            "dir(ndif_client.ops) lists what can",
+            UnknownNameError,
+        )
+    return apply_op(name, args, {})
+
+
+def _array_function(
+    self: Proxy, function: Any, types: Any, args: Any, kwargs: Mapping[str, Any]
+) -> Proxy:
+    raise graph_error(
+        f"numpy's {function.__name__!r} can't be applied to a value of the trace, as numpy and "
+        "torch differ in details; use a method of the value, or ndif_client.ops",
+        UnknownNameError,
+    )
+
+
 def _torch_function(
     cls: type[Proxy], function: Any, types: Any, args: Any = (), kwargs: Any = None
 ) -> Proxy:
@@ -277,4 +311,6 @@ def _torch_function(
 
 
 Proxy.__torch_function__ = classmethod(_torch_function)  # type: ignore[attr-defined]
+Proxy.__array_ufunc__ = _array_ufunc  # type: ignore[attr-defined]
+Proxy.__array_function__ = _array_function  # type: ignore[attr-defined]
 _install_all()

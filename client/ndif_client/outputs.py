@@ -50,8 +50,6 @@ class HookTuple(Delegate):
     Where there is only one, it can be used as if it were the tensor itself.
     """
 
-    __array_ufunc__ = None
-
     def __init__(self, path: str, infos: Sequence[HookInfo], prefix: str = "") -> None:
         self._path = path
         self._infos = list(infos)
@@ -100,6 +98,8 @@ class HookTuple(Delegate):
     def __setattr__(self, name: str, value: Any) -> None:
         if name.startswith("_"):
             object.__setattr__(self, name, value)
+        elif name == "grad" and name not in self._steps():
+            self._sole_value().grad = value
         else:
             self[name] = value
 
@@ -195,4 +195,5 @@ def _forward(name: str) -> Any:
 
 for _name in operator_names():
     setattr(HookTuple, _name, _forward(_name))
-HookTuple.__torch_function__ = Proxy.__torch_function__  # type: ignore[attr-defined]
+for _name in ("__torch_function__", "__array_ufunc__", "__array_function__"):
+    setattr(HookTuple, _name, vars(Proxy)[_name])

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ndif_client.arguments import (
     bind,
+    dtype_name,
     encode_call,
     encode_content,
     encode_index,
@@ -29,9 +30,21 @@ from ndif_client.errors import (
 from ndif_client.gradients import BackwardBlock, differentiate, read_gradient, write_gradient
 from ndif_client.method_types import MethodTypes
 from ndif_client.recorder import Recorder
-from ndif_client.values import VIEW_OPS, Delegate, Hooked, Origin, Value, View, change, node_of
+from ndif_client.values import (
+    MAY_COPY,
+    VIEW_OPS,
+    Delegate,
+    Hooked,
+    Origin,
+    Value,
+    View,
+    change,
+    is_dense,
+    known_dtype,
+    node_of,
+)
 from ndif_client.wire.catalogue import ALIASES, CATALOGUE, Op
-from ndif_client.wire.graph import Apply, Dots, Items, Ref
+from ndif_client.wire.graph import Apply, Dots, Dtype, Items, Ref
 from ndif_client.wire.tensors import is_array
 
 if TYPE_CHECKING:
@@ -68,13 +81,27 @@ _UNKNOWN = {
 }
 
 
+#: What torch's tensors have for which there is another way here.
+_ELSEWHERE = {
+    "register_hook": "inside of `with loss.backward():`, read and assign .grad",
+    "masked_select": "how much it selects depends on values; use where(mask, a, b)",
+    "nonzero": "how many there are depends on values; use topk, argmax, or where(mask, a, b)",
+    "unique": "how many there are depends on values; save the value, and use .value.unique()",
+    "apply_": "a function of this machine can't run on the server; use the catalogue's operations",
+    "map_": "a function of this machine can't run on the server; use the catalogue's operations",
+    "eig": "use eigh, of a symmetric matrix; or save it and use .value",
+    "eigvals": "use eigvalsh, of a symmetric matrix; or save it and use .value",
+}
+
+
+#: Stands for the node of the value that a view is made of.
+_OWN = Ref(0)
+
+
 class Proxy(Value, MethodTypes):
     """A value of the model, or computed from one, that exists on the server when the trace runs."""
 
     __slots__ = ("_saved",)
-
-    #: numpy leaves operators with arrays on the left to us.
-    __array_ufunc__ = None
 
     def __init__(
         self,
@@ -241,10 +268,15 @@ class Proxy(Value, MethodTypes):
                 raise graph_error(f"to({value!r}): that is neither a dtype nor a device")
         wanted = [value for value in given if is_dtype(value)]
         if not wanted:
-            if any(isinstance(value, Value | Delegate) for value in args):
-                raise graph_error("to(...) takes a dtype, not another value")
-            return self
-        return apply_op("to", (self, wanted[0]), {})
+            like = next((v for v in given if isinstance(v, Value | Delegate) or is_array(v)), None)
+            return self if like is None else apply_op("type_as", (self, like), {})
+        dtype, own = dtype_name(wanted[0]), known_dtype(self)
+        if dtype == own:
+            return self  # as in torch, a change of it changes this value
+        if own is not None:
+            return apply_op("to", (self, dtype), {})
+        cast = Apply("to", [_OWN, Dtype(dtype)])  # type: ignore[arg-type]
+        return _perhaps_a_view(self, cast)
 
     type = to
 
@@ -257,8 +289,14 @@ class Proxy(Value, MethodTypes):
         return self
 
     def contiguous(self) -> Proxy:
-        """Return the value itself: how it lies in memory is the server's choice."""
-        return self
+        """Return the value; if it is changed in place, what it looks at may be meant or not."""
+        if not isinstance(self._origin, View):
+            return self
+        return self if is_dense(self) else _perhaps_a_view(self, Apply("clone", [_OWN]))
+
+    def where(self, condition: Any, other: Any) -> Proxy:
+        """Return this value where `condition`, else `other`."""
+        return apply_op("where", (condition, self, other), {})
 
     @property
     def T(self) -> Proxy:
@@ -275,6 +313,8 @@ class Proxy(Value, MethodTypes):
     if not TYPE_CHECKING:
 
         def __getattr__(self, name: str) -> Any:
+            if name.startswith("_"):
+                raise AttributeError(name)
             if self._fields and name in self._fields:
                 return self._item(self._fields.index(name))
             raise _no_attribute(self, name)
@@ -297,7 +337,24 @@ class Proxy(Value, MethodTypes):
         return f"Proxy({place}{recorder.source_of(self._node)})"
 
     def __format__(self, spec: str) -> str:
-        return format(repr(self), spec)
+        try:
+            return format(repr(self), spec)
+        except ValueError:
+            raise _unknown(self, "__float__") from None
+
+    def __copy__(self) -> Proxy:
+        return self  # a copy of a tensor shares its memory
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Proxy:
+        return apply_op("clone", (self,), {})
+
+
+def _perhaps_a_view(value: Proxy, apply: Apply) -> Proxy:
+    """Record an operation that in torch is a view or a copy, as only the server knows."""
+    recorder = value._recorder
+    apply = Apply(apply.op, [Ref(node_of(value)), *apply.args[1:]])
+    view = View(value, apply, value._version, certain=False)
+    return Proxy(recorder, recorder.add(apply), view)
 
 
 def apply_op(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Proxy:
@@ -322,7 +379,8 @@ def apply_op(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Proxy
     if name in VIEW_OPS:
         first = bound[0]._sole_value() if isinstance(bound[0], Delegate) else bound[0]
         if isinstance(first, Value):
-            origin = View(first, apply, first._version)
+            certain = name not in MAY_COPY or is_dense(first)
+            origin = View(first, apply, first._version, certain=certain)
     return Proxy(recorder, recorder.add(apply), origin, fields)
 
 
@@ -397,8 +455,11 @@ def _unknown(value: Value, asked: str) -> ValueUnknownError:
 def _no_attribute(value: Value, name: str) -> Exception:
     if name in _UNKNOWN:
         return _unknown(value, name)
-    if name.startswith("_"):
-        return AttributeError(name)
+    if name in CATALOGUE or name in ALIASES:
+        message = f"{name!r} is no method of a value here; use ops.{name}(...), or torch's function"
+        return graph_error(message, UnknownNameError)
+    if name in _ELSEWHERE:
+        return graph_error(f"{name!r} is not offered: {_ELSEWHERE[name]}", UnknownNameError)
     offered = [*CATALOGUE, *ALIASES, *(value._fields or ())]
     near = difflib.get_close_matches(name, offered, n=1)
     hint = f"; did you mean .{near[0]}(...)?" if near else "; dir(ndif_client.ops) lists what is"

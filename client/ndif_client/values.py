@@ -33,7 +33,12 @@ VIEW_OPS = frozenset(
 #: Those that torch refuses where it would have to copy.
 _NEVER_COPY = frozenset(("squeeze", "unflatten", "view"))
 
-_MAY_COPY = frozenset(("flatten", "reshape", "reshape_as"))
+#: Those that copy where torch has to.
+MAY_COPY = frozenset(("flatten", "reshape", "reshape_as"))
+
+
+#: Those whose result lies in memory as what they look at.
+_STAYS_DENSE = frozenset(("detach", "squeeze", "unflatten", "unsqueeze", "view", *MAY_COPY))
 
 
 @dataclass(slots=True)
@@ -81,11 +86,13 @@ class View:
         parent: the value it is a part or another shape of.
         apply: the operation that made it; its first argument stands for the parent.
         seen: the parent's version it was made from.
+        certain: whether torch would give a view of it, not a copy, whatever the parent is.
     """
 
     parent: Value
     apply: Apply
     seen: int
+    certain: bool = True
 
 
 Origin = Hooked | Gradient | Owned | View | None
@@ -151,11 +158,34 @@ def node_of(value: Value, recorder: Recorder | None = None) -> int:
     if isinstance(origin, View):
         parent = node_of(origin.parent)
         if origin.seen != origin.parent._version:
+            if not origin.certain:
+                raise graph_error(
+                    f"what this was made from, by .{origin.apply.op}(...), was changed since; "
+                    "whether this changed with it depends on how that lies in memory: make it "
+                    "anew, or of a .clone()",
+                    other=own.source_of(value._node),
+                )
             # At the steps it was made for: those of the line that uses it now may be others.
             block = own.block_of(value._node)
             replace_node(value, own.add(_with_input(origin.apply, parent), block=block))
             origin.seen = origin.parent._version
     return value._node
+
+
+def is_dense(value: Value) -> bool:
+    """Whether a value lies in memory without gaps, for all that is known here."""
+    while isinstance(value._origin, View):
+        if value._origin.apply.op not in _STAYS_DENSE:
+            return False
+        value = value._origin.parent
+    return True
+
+
+def known_dtype(value: Value) -> str | None:
+    """Return the dtype of a value, if it is known here."""
+    while isinstance(value._origin, View) and value._origin.apply.op in VIEW_OPS:
+        value = value._origin.parent
+    return value._origin.info.dtype if isinstance(value._origin, Hooked) else None
 
 
 def change(value: Value, node: int) -> None:
@@ -280,7 +310,7 @@ def _inverse(view: View) -> Apply | None:
     """Return how the parent follows from a changed view of it, or None if it doesn't."""
     op, args = view.apply.op, list(view.apply.args[1:])
     named = view.apply.kwargs
-    if view.parent._fields is not None:
+    if view.parent._fields is not None or not view.certain:
         return None
     if op == "getitem":
         return Apply("setitem", [Ref(view.parent._node), args[0], _CHILD])
@@ -297,7 +327,7 @@ def _inverse(view: View) -> Apply | None:
         return None if order is None else Apply(op, [_CHILD, order])
     if op in _NEVER_COPY:
         return Apply("reshape_as", [_CHILD, Ref(view.parent._node)])
-    if op in _MAY_COPY:
+    if op in MAY_COPY:
         shape = _shape_up_to_one(view.parent)
         return None if shape is None else Apply("reshape", [_CHILD, shape])
     return None

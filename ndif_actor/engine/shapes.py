@@ -448,6 +448,8 @@ def _name(dtype: torch.dtype) -> str:
 
 def _first_line(error: BaseException) -> str:
     text = str(error).strip() or type(error).__name__
+    if "item() cannot be called on meta tensors" in text:
+        return "a number is needed here that is known before the trace runs, not a value of it"
     return text.splitlines()[0].removeprefix('"').removesuffix('"')
 
 

@@ -1,7 +1,7 @@
-"""Operations of the catalogue for which torch has no one callable that does on every device, and
-on meta tensors, what a graph may ask of it.
+"""Operations of the catalogue for which torch has no one callable that fits.
 
-None changes its arguments, and no shape of a result depends on values.
+They do on every device, and on meta tensors, what a graph may ask of them. None changes its
+arguments, and no shape of a result depends on values.
 """
 
 from __future__ import annotations
@@ -25,14 +25,21 @@ def _getitem(input: Any, index: Any) -> Any:
         if not isinstance(index, int | slice):
             raise TypeError("a tuple of tensors is indexed by one number or slice")
         return input[index]
-    return input[subscripts(index)]
+    return input[_placed(subscripts(index), input)]
+
+
+def _placed(parts: tuple[Any, ...], input: torch.Tensor) -> tuple[Any, ...]:
+    """Let a single number stand where torch would look at the value of one on the meta device."""
+    if not input.is_meta:
+        return parts
+    return tuple(0 if isinstance(part, torch.Tensor) and not part.dim() else part for part in parts)
 
 
 def _setitem(input: torch.Tensor, index: Any, value: Any) -> torch.Tensor:
     if is_mask(index):
         return _masked(input, index, value)
     changed = input.clone()
-    changed[subscripts(index)] = value
+    changed[_placed(subscripts(index), input)] = value
     return changed
 
 
@@ -257,4 +264,3 @@ CALLABLES: dict[str, Callable[..., Any]] = {
     "type_as": _type_as,
     "unfold": _unfold,
 }
-

@@ -219,8 +219,8 @@ def _ops() -> list[Op]:
        home="special", method=False, fields=("solution",), cost="matmul")  # fmt: skip
     op("matrix_norm", "input ord dim keepdim", "Norm of matrices.", home="linalg", method=False,
        cost="matmul")  # fmt: skip
-    op("linalg_norm", "input ord dim keepdim * dtype", "`torch.linalg.norm`: of vectors or matrices.",
-       home="linalg", torch_name="norm", method=False, cost="matmul")  # fmt: skip
+    op("linalg_norm", "input ord dim keepdim * dtype", "`torch.linalg.norm`.", home="linalg",
+       torch_name="norm", method=False, cost="matmul")  # fmt: skip
     op("linalg_cross", "input other * dim", "`torch.linalg.cross`: of vectors of length 3.",
        home="linalg", torch_name="cross", method=False)  # fmt: skip
     op("linalg_diagonal", "A * offset dim1 dim2", "`torch.linalg.diagonal`: of the last two.",
@@ -271,8 +271,8 @@ def _ops() -> list[Op]:
            method=False, cost="sort")  # fmt: skip
 
     op("cross_entropy", "input target * weight ignore_index reduction label_smoothing",
-       "Cross entropy of logits and class indices, or probabilities.", home="functional", method=False,
-       cost="reduction", bounded_index=1)  # fmt: skip
+       "Cross entropy of logits and class indices, or probabilities.", home="functional",
+       method=False, cost="reduction", bounded_index=1)  # fmt: skip
     op("kl_div", "input target * reduction log_target", "Kullback-Leibler divergence.",
        home="functional", method=False, cost="reduction")  # fmt: skip
     op("nll_loss", "input target * weight ignore_index reduction",

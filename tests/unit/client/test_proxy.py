@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from typing import Any
@@ -138,6 +139,37 @@ EXPRESSIONS: list[Callable[[Any], Any]] = [
     lambda h: torch.clamp(h, min=0.1, max=0.5),
     lambda h: torch.logical_not(h > 0),
     lambda h: torch.gather(h, -1, torch.zeros(1, TOKENS, 2, dtype=torch.int64)),
+    # what these leave out or say otherwise changes their meaning
+    lambda h: F.dropout(h, 0.5, training=False),
+    lambda h: torch.nn.Dropout(0.5).eval()(h),
+    lambda h: F.relu(h - 0.5, inplace=True),
+    lambda h: torch.std(h, unbiased=False),
+    lambda h: h.std(-1, False),
+    lambda h: torch.linalg.norm(h[0], 2),
+    lambda h: torch.linalg.norm(h, 1, (-2, -1)),
+    lambda h: torch.linalg.diagonal(h),
+    lambda h: torch.linalg.cross(h[..., :3], h[..., 3:]),
+    lambda h: torch.equal(h, h) if isinstance(h, Proxy) else torch.tensor(True),
+    lambda h: h.equal(h + 1) if isinstance(h, Proxy) else torch.tensor(False),
+    lambda h: F.cross_entropy(h[0], torch.tensor([1, 2, 3, 0]), weight=torch.arange(6.0)),
+    lambda h: F.cross_entropy(h[0], h[0].softmax(-1)),
+    lambda h: F.softplus(h, beta=2),
+    lambda h: torch.cumsum(h, -1, dtype=torch.float64),
+    lambda h: torch.zeros_like(h, device="cpu", requires_grad=False),
+    lambda h: h.new_zeros(2, 3),
+    lambda h: h[0].t() @ h[0].ravel().expand_as(h[0].ravel()).reshape(TOKENS, 6),
+    lambda h: torch.fft.rfft(h, dim=-1).abs(),
+    lambda h: F.scaled_dot_product_attention(h, h, h, is_causal=True),
+    lambda h: torch.block_diag(h[0], h[0]),
+    lambda h: torch.meshgrid(h[0, 0], h[0, 1], indexing="ij")[1],
+    lambda h: torch.tensor_split(h, 3, dim=-1)[1],
+    lambda h: h.where(h > 0.5, 0.0),
+    lambda h: h.to(torch.tensor(1, dtype=torch.float64)),
+    lambda h: h.long().to(h),
+    lambda h: h[0, (h[0, :, 0] > 100).sum()],
+    lambda h: copy.deepcopy(h) + copy.copy(h),
+    lambda h: np.sqrt(h) if isinstance(h, Proxy) else h.sqrt(),
+    lambda h: np.maximum(ARRAY, h) if isinstance(h, Proxy) else torch.tensor(ARRAY).maximum(h),
 ]
 
 
@@ -280,7 +312,13 @@ IMPOSSIBLE: list[tuple[Callable[[Any], Any], str]] = [
     (lambda h: h[[h.argmax()]], r"ops\.stack"),
     (lambda h: h + 2**70, "64 bits"),
     (lambda h: h + np.ones(2, dtype="U3"), "can't be sent"),
-    (lambda h: h.to(h), "takes a dtype"),
+    (lambda h: h.to("nowhere"), "neither a dtype nor a device"),
+    (lambda h: torch.svd(h), "'svd' is not in the catalogue"),
+    (lambda h: torch.linalg.solve(h, h, left=False), "no argument 'left'"),
+    (lambda h: F.mse_loss(h, h, reduce=False), "no argument 'reduce'"),
+    (lambda h: h.svd(), r"use ops\.svd"),
+    (lambda h: h.register_hook(print), r"inside of `with loss\.backward"),
+    (lambda h: f"{h:.2f}", "its number"),
     (lambda h: torch.ones(6).add_(h), "tensor of this machine can't be changed"),
     (lambda h: torch.ones(6).__setitem__(0, h), "tensor of this machine can't be changed"),
     (lambda h: torch.ones(6)[h], "can't be indexed by a value"),

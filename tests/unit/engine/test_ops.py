@@ -41,7 +41,8 @@ EXAMPLES: dict[str, tuple[Any, ...]] = {
     "norm": (X, 2, -1, True), "max": (X, -1, True), "min": (X, -1, True),
     "median": (X, -1, True), "cumsum": (X, -1), "cumprod": (X, -1),
     "topk": (X, 2, -1, True, True), "sort": (X, -1, True, True), "argsort": (X, -1, True, True),
-    "quantile": (X, 0.25, -1, True), "ldexp": (X, COUNTS), "matmul": (CUBE, SQUARE), "mm": (X, SQUARE),
+    "quantile": (X, 0.25, -1, True), "ldexp": (X, COUNTS),
+    "matmul": (CUBE, SQUARE), "mm": (X, SQUARE),
     "bmm": (CUBE, CUBE.mT.contiguous()), "mv": (X, VECTOR), "dot": (VECTOR, VECTOR),
     "outer": (VECTOR, VECTOR), "einsum": ("bij,kj->bik", (CUBE, SQUARE)),
     "linear": (X, SQUARE, VECTOR), "matrix_exp": (SQUARE,), "qr": (X.mT.contiguous(), "reduced"),
@@ -49,8 +50,9 @@ EXAMPLES: dict[str, tuple[Any, ...]] = {
     "cholesky": (SYMMETRIC,), "solve": (SYMMETRIC, X.mT.contiguous()), "inv": (SYMMETRIC,),
     "pinv": (X,), "det": (SQUARE,), "slogdet": (SQUARE,), "matrix_power": (SQUARE, 3),
     "addmm": (X, X, SQUARE), "baddbmm": (CUBE, CUBE, SQUARE.expand(2, 4, 4)),
-    "imag": (torch.fft.rfft(X),), "softplus": (X, 2.0, 5.0), "hardtanh": (X, 0.2, 0.5), "threshold": (X, 0.5, 0.0),
-    "celu": (X, 0.5), "prelu": (X, VECTOR), "allclose": (X, Y, 1e-3, 1e-3, True),
+    "imag": (torch.fft.rfft(X),), "softplus": (X, 2.0, 5.0), "hardtanh": (X, 0.2, 0.5),
+    "threshold": (X, 0.5, 0.0), "celu": (X, 0.5), "prelu": (X, VECTOR),
+    "allclose": (X, Y, 1e-3, 1e-3, True),
     "equal": (X, X), "var_mean": (X, -1), "std_mean": (X, -1), "aminmax": (X,),
     "cov": (X,), "corrcoef": (X,), "mode": (X, -1, True), "msort": (X,),
     "bucketize": (X, VECTOR.sort().values), "searchsorted": (X.sort().values, Y),
@@ -121,7 +123,8 @@ KEYWORDS: dict[str, dict[str, Any]] = {
     {"margin": 0.5, "p": 2.0, "eps": 1e-6, "swap": True, "reduction": "sum"},
     "scatter_reduce": {"include_self": False}, "tril_indices": {"dtype": torch.int32},
     "triu_indices": {"dtype": torch.int32}, "new_zeros": {"dtype": torch.int64},
-    "new_ones": {"dtype": torch.int64}, "new_full": {"dtype": torch.int64}, "sum": {"dtype": torch.float64},
+    "new_ones": {"dtype": torch.int64}, "new_full": {"dtype": torch.int64},
+    "sum": {"dtype": torch.float64},
     "mean": {"dtype": torch.float64}, "prod": {"dtype": torch.float64},
     "std": {"correction": 0, "keepdim": True}, "var": {"correction": 0, "keepdim": True},
     "cross_entropy": {"weight": VECTOR, "ignore_index": -100, "reduction": "sum",
@@ -215,7 +218,9 @@ def test_every_op_with_several_results_names_them(op: Op) -> None:
     result = ops.apply(op, example(op), KEYWORDS.get(op.name, {}), CPU)
 
     if isinstance(result, tuple):
-        assert op.name in ("split", "chunk", "tensor_split", "unbind", "meshgrid") or len(op.fields) == len(result)
+        assert op.name in ("split", "chunk", "tensor_split", "unbind", "meshgrid") or len(
+            op.fields
+        ) == len(result)
 
 
 def test_an_op_gives_what_torch_gives() -> None:
