@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import operator
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -175,15 +175,52 @@ def encode(value: Any, recorder: Recorder) -> Argument:
     return _encode_other(value, recorder)
 
 
-def encode_index(index: Any, recorder: Recorder) -> Argument:
+def encode_index(index: Any, recorder: Recorder, shape: Callable[[], Sequence[int]]) -> Argument:
     """Bring what stands between the brackets to its wire form.
+
+    Args:
+        index: as it was given.
+        recorder: of the trace.
+        shape: returns that of what is indexed, if it is needed.
 
     Raises:
         GraphError: it can't be an index.
     """
+    parts = index if isinstance(index, tuple) else (index,)
+    if any(map(_is_mask, parts)):
+        parts = _with_places(parts, shape())
+        return Items([_subscript(part, recorder) for part in parts])
     if isinstance(index, tuple):
-        return Items([_subscript(part, recorder) for part in index])
+        return Items([_subscript(part, recorder) for part in parts])
     return _subscript(index, recorder)
+
+
+def _is_mask(part: Any) -> bool:
+    if isinstance(part, list):
+        return bool(part) and all(isinstance(item, bool) for item in part)
+    return is_array(part) and str(part.dtype).removeprefix("torch.") == "bool"
+
+
+def _with_places(parts: Sequence[Any], shape: Sequence[int]) -> tuple[Any, ...]:
+    """Say by their places what masks of this machine choose: how many these are is known here."""
+    masks = [np.asarray(part) if _is_mask(part) else None for part in parts]
+    taken = sum(
+        mask.ndim if mask is not None else part is not None and part is not ...
+        for part, mask in zip(parts, masks, strict=True)
+    )
+    found: list[Any] = []
+    axis = 0
+    for part, mask in zip(parts, masks, strict=True):
+        if mask is None:
+            found.append(part)
+            axis += len(shape) - taken if part is ... else part is not None
+            continue
+        own = list(shape[axis : axis + mask.ndim])
+        if not mask.ndim or list(mask.shape) != own:
+            raise graph_error(f"a mask of {list(mask.shape)} for dimensions of {own}")
+        found += [np.ascontiguousarray(places) for places in mask.nonzero()]
+        axis += mask.ndim
+    return tuple(found)
 
 
 def is_basic(index: Any) -> bool:

@@ -23,7 +23,6 @@ from ndif_client.blocking_traces import (
     BlockingChain,
     BlockingGeneration,
     BlockingTrace,
-    LoopThread,
     awaited,
 )
 from ndif_client.connecting import connect as connect_async
@@ -33,6 +32,7 @@ from ndif_client.errors import BlockingCallError, graph_error
 from ndif_client.explanation import Explanation
 from ndif_client.generation import GenerateOptions
 from ndif_client.held import Handle
+from ndif_client.loop_thread import LoopThread
 from ndif_client.prompts import Prompt
 from ndif_client.recording import TraceFunction
 from ndif_client.results import Result

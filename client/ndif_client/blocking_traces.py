@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import threading
 from collections.abc import Awaitable, Coroutine, Iterator
 from contextlib import AbstractContextManager
 from types import TracebackType
@@ -20,33 +18,6 @@ from ndif_client.trace import Trace, TraceOptions
 
 T = TypeVar("T")
 TraceT = TypeVar("TraceT", bound=Trace)
-
-
-class LoopThread:
-    """An event loop in a thread, and calls into it from outside."""
-
-    def __init__(self) -> None:
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(
-            target=self._loop.run_forever, name="ndif-client", daemon=True
-        )
-        self._thread.start()
-
-    def call(self, work: Coroutine[Any, Any, T]) -> T:
-        """Run a coroutine on the loop and wait for it; Ctrl-C cancels it."""
-        future = asyncio.run_coroutine_threadsafe(work, self._loop)
-        try:
-            return future.result()
-        except BaseException:
-            future.cancel()
-            raise
-
-    def stop(self) -> None:
-        """End the loop and its thread, and what still runs on it."""
-        self.call(_cancel_others())
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
 
 
 class Runner(Protocol):
@@ -220,14 +191,6 @@ class _InChain:
 async def awaited(awaitable: Awaitable[T]) -> T:
     """Await something that is no coroutine, where one is wanted."""
     return await awaitable
-
-
-async def _cancel_others() -> None:
-    others = asyncio.all_tasks() - {asyncio.current_task()}
-    for task in others:
-        task.cancel()
-    await asyncio.gather(*others, return_exceptions=True)
-    await asyncio.sleep(0)
 
 
 async def _next(stream: TokenStream) -> Token | None:

@@ -11,7 +11,7 @@ from typing import Any
 from ndif_client.errors import NdifError, ProtocolError
 from ndif_client.local import LocalServer
 from ndif_client.session import Session
-from ndif_client.transport import Transport, quoted
+from ndif_client.transport import Transport, nothing_known, quoted
 from ndif_client.wire.messages import ModelList, ModelTree
 from ndif_client.wire.tensors import ArrayKind
 
@@ -91,7 +91,7 @@ async def _open(
     serve_options: Sequence[str],
 ) -> Session:
     async with AsyncExitStack() as stack:
-        explain = _nothing_known
+        explain = nothing_known
         if url.startswith(_LOCAL):
             server = LocalServer(url.removeprefix(_LOCAL), serve_options)
             stack.push_async_callback(server.stop)
@@ -115,7 +115,3 @@ async def _only_model(transport: Transport) -> str:
             f"{transport.url} offers several models or none ({names}): connect(url, model=...)"
         )
     return offered[0].id
-
-
-async def _nothing_known() -> str:
-    return ""

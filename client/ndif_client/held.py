@@ -8,6 +8,7 @@ with session.trace(other) as trace:
 
 from __future__ import annotations
 
+import sys
 import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
@@ -15,13 +16,14 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 from ndif_client.errors import ClosedTraceError, NdifError, graph_error
-from ndif_client.operators import operator_names
+from ndif_client.operators import is_in_place, operator_names
 from ndif_client.proxy import Proxy
 from ndif_client.recorder import Origin, Recorder, current_recorder
 from ndif_client.transport import Transport, quoted
 from ndif_client.values import Delegate, node_of
 from ndif_client.wire.graph import MAX_HELD_NAME
-from ndif_client.wire.messages import DropRequest, HeldValues
+from ndif_client.wire.messages import DropRequest, HeldSpec, HeldValues
+from ndif_client.wire.tensors import TensorSpec
 
 
 class Holder:
@@ -39,6 +41,8 @@ class Holder:
         #: what was uploaded, by the digest of its content, and the other way round
         self._uploads: dict[str, str] = {}
         self._digests: dict[str, str] = {}
+        #: what was uploaded is, by name
+        self._specs: dict[str, HeldSpec] = {}
         self._handles: WeakValueDictionary[str, Handle] = WeakValueDictionary()
         #: names of which no handle is left, nor anything else that could know them
         self._abandoned: list[str] = []
@@ -76,13 +80,18 @@ class Holder:
         """Return the name of what was uploaded with that content, if that may still be held."""
         return self._uploads.get(digest)
 
-    def note_upload(self, digest: str, name: str) -> None:
+    def note_upload(self, digest: str, name: str, spec: HeldSpec) -> None:
         """Remember what content a name has."""
-        self._uploads[digest], self._digests[name] = name, digest
+        self._uploads[digest], self._digests[name], self._specs[name] = name, digest, spec
+
+    def spec(self, name: str) -> HeldSpec | None:
+        """Return what a held value is, if that is known here."""
+        return self._specs.get(name)
 
     def forget_upload(self, name: str) -> None:
         """Note that a name has other content from now on, or none."""
         digest = self._digests.pop(name, None)
+        self._specs.pop(name, None)
         if digest is not None and self._uploads.get(digest) == name:
             del self._uploads[digest]
 
@@ -169,6 +178,15 @@ class Handle(Delegate):
             raise self._unchangeable()
         return getattr(self._sole_value(), name)
 
+    @property
+    def shape(self) -> Any:
+        """Its shape: as it was uploaded, or in a trace."""
+        spec = self._holder.spec(self._name)
+        if not isinstance(spec, TensorSpec):
+            return self._sole_value().shape
+        torch = sys.modules.get("torch")
+        return tuple(spec.shape) if torch is None else torch.Size(spec.shape)
+
     def __setattr__(self, name: str, value: Any) -> None:
         if name.startswith("_"):
             object.__setattr__(self, name, value)
@@ -249,11 +267,15 @@ def earlier_requests(used: Iterable[Handle]) -> list[str]:
 
 def _forward(name: str) -> Any:
     def method(self: Handle, *args: Any) -> Any:
+        if name in _IN_PLACE:
+            raise self._unchangeable()
         return getattr(self._sole_value(), name)(*args)
 
     method.__name__ = name
     return method
 
+
+_IN_PLACE = frozenset(name for name in operator_names() if is_in_place(name))
 
 for _name in operator_names():
     setattr(Handle, _name, _forward(_name))

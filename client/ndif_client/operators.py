@@ -67,6 +67,12 @@ def operator_names() -> list[str]:
     return [*binary, *unary, *_UNANSWERABLE]
 
 
+def is_in_place(name: str) -> bool:
+    """Whether a special method changes what stands on its left, as `+=` does."""
+    plain = name.strip("_")
+    return plain.startswith("i") and plain[1:] in _BINARY
+
+
 def apply_any(op: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Proxy:
     """Record an operation by any of the names torch users know it by."""
     return apply_op(ALIASES.get(op, op), args, kwargs)
@@ -130,7 +136,7 @@ def _operator(name: str, args: tuple[Any, ...], own: bool) -> Proxy:
 def _reflected(name: str, args: tuple[Any, ...]) -> Proxy:
     """A tensor on the left, a proxy on the right."""
     plain = name.strip("_")
-    if plain.startswith("i") and plain[1:] in _BINARY:
+    if is_in_place(name):
         raise _local_change()
     op = _BINARY.get(plain) or (plain if plain in _COMPARISONS else None)
     if op is None:

@@ -43,10 +43,7 @@ class Optimizer:
         if not names:
             raise graph_error("an optimiser needs values to change: handles of held values")
         if len(set(names)) < len(names):
-            raise graph_error(
-                "two of these parameters are one held value, because what was uploaded is equal; "
-                "give each a name: session.upload(array, name=...)"
-            )
+            raise graph_error("a parameter is given twice")
 
     def step(self) -> None:
         """Record that the parameters are changed by their gradients in the last backward.

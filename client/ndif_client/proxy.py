@@ -6,7 +6,9 @@ Operators and the catalogue's methods are put on the class by `operators`.
 from __future__ import annotations
 
 import difflib
+import math
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +29,7 @@ from ndif_client.errors import (
     ValueUnknownError,
     graph_error,
 )
+from ndif_client.facts import facts_of
 from ndif_client.gradients import BackwardBlock, differentiate, read_gradient, write_gradient
 from ndif_client.method_types import MethodTypes
 from ndif_client.recorder import Recorder
@@ -57,8 +60,6 @@ _DEVICE = re.compile(r"(cpu|cuda|mps|xpu|meta)(:\d+)?$")
 _UNKNOWN = {
     "__bool__": "whether it is true; use ops.where(condition, a, b) in the place of `if`, `and`, "
     "`or` (and & | ~ for masks)",
-    "__len__": "its length; use -1 and negative indices, or sizes of session.tree",
-    "__iter__": "how many items it has; index it, or loop over a range of known length",
     "__contains__": "what it contains; use (value == x).any()",
     "__float__": "its number; leave out float(...), or save it and use .value after the trace",
     "__int__": "its number; leave out int(...), or save it and use .value after the trace",
@@ -66,18 +67,9 @@ _UNKNOWN = {
     "__index__": "its number; a value can index a value: h[:, position]",
     "__array__": "its numbers; use the catalogue's operations (ndif_client.ops) on it, or save it "
     "and use .value after the trace",
-    "shape": "its shape; use -1 in view and reshape, negative indices, or sizes of session.tree",
-    "size": "its size; use -1 in view and reshape, negative indices, or sizes of session.tree",
-    "numel": "how many elements it has; use .mean() in the place of .sum() / .numel()",
-    "nelement": "how many elements it has; use .mean() in the place of .sum() / .nelement()",
-    "ndim": "how many dimensions it has; count them from the end: -1, -2",
-    "dim": "how many dimensions it has; count them from the end: -1, -2",
-    "dtype": "its dtype; session.tree.dtype is the model's",
-    "device": "its device; tensors of this machine can be used with it as they are",
     "item": "its number; save it and use .value.item() after the trace",
     "tolist": "its numbers; save it and use .value.tolist() after the trace",
     "numpy": "its numbers; save it and use .value.numpy() after the trace",
-    "data": "its numbers; save it and use .value after the trace",
 }
 
 
@@ -93,6 +85,9 @@ _ELSEWHERE = {
     "eigvals": "use eigvalsh, of a symmetric matrix; or save it and use .value",
 }
 
+
+#: Properties that the server is asked for.
+_ASKED = frozenset(("dtype", "ndim", "shape"))
 
 #: Stands for the node of the value that a view is made of.
 _OWN = Ref(0)
@@ -222,7 +217,7 @@ class Proxy(Value, MethodTypes):
     def __getitem__(self, index: Any) -> Proxy:
         if self._fields is not None:
             return self._item(index)
-        encoded = encode_index(index, self._recorder)
+        encoded = encode_index(index, self._recorder, lambda: self.shape)
         apply = Apply("getitem", [Ref(node_of(self)), encoded])
         origin = View(self, apply, self._version) if is_basic(index) else None
         return Proxy(self._recorder, self._recorder.add(apply), origin)
@@ -231,7 +226,7 @@ class Proxy(Value, MethodTypes):
         if self._fields is not None:
             raise graph_error("the items of a tuple of tensors can't be replaced")
         recorder = self._recorder
-        encoded = encode_index(index, recorder)
+        encoded = encode_index(index, recorder, lambda: self.shape)
         if _is_own_view(value, self, encoded):
             return  # `h[i] += v` has changed h already
         content = encode_content(value, recorder)
@@ -249,14 +244,80 @@ class Proxy(Value, MethodTypes):
         return Proxy(self._recorder, self._recorder.add(apply), origin)
 
     def __iter__(self) -> Iterator[Proxy]:
-        if not self._fields:
-            raise _unknown(self, "__iter__")
-        return (self._item(index) for index in range(len(self._fields)))
+        if self._fields is not None and not self._fields:
+            self._fields = tuple(map(str, range(len(facts_of(self).items or ()))))
+        if self._fields is not None:
+            return (self._item(index) for index in range(len(self._fields)))
+        return (self[index] for index in range(len(self)))
 
     def __len__(self) -> int:
-        if not self._fields:
-            raise _unknown(self, "__len__")
-        return len(self._fields)
+        if self._fields:
+            return len(self._fields)
+        if self._fields is not None:
+            return len(facts_of(self).items or ())
+        shape = self.shape
+        if not shape:
+            raise TypeError("len() of a value of one number")
+        return int(shape[0])
+
+    # ------------------------------------------------------------ what only the server knows
+
+    @property
+    def shape(self) -> Any:
+        """Its shape, for which the server is asked: a torch.Size, or a tuple without torch.
+
+        Raises:
+            ValueUnknownError: it is not the same at all of its steps, or nobody can be asked.
+            NdifError: what has been recorded so far can never run.
+        """
+        info = facts_of(self)
+        if info.items is not None:
+            raise graph_error(
+                f"this value is a tuple of {len(info.items)} tensors; use one of them"
+            )
+        torch = sys.modules.get("torch")
+        return tuple(info.shape) if torch is None else torch.Size(info.shape)
+
+    @property
+    def dtype(self) -> Any:
+        """Its dtype: torch's, or its name without torch; raises as `shape` does."""
+        name = known_dtype(self) or facts_of(self).dtype
+        torch = sys.modules.get("torch")
+        return name if torch is None else getattr(torch, name)
+
+    @property
+    def device(self) -> Any:
+        """The CPU: tensors made here can be used with it, wherever it is computed."""
+        torch = sys.modules.get("torch")
+        return "cpu" if torch is None else torch.device("cpu")
+
+    @property
+    def ndim(self) -> int:
+        """How many dimensions it has."""
+        return len(self.shape)
+
+    def dim(self) -> int:
+        """Return how many dimensions it has."""
+        return len(self.shape)
+
+    def size(self, dim: int | None = None) -> Any:
+        """Return its shape, or the size of one dimension."""
+        return self.shape if dim is None else self.shape[dim]
+
+    def numel(self) -> int:
+        """Return how many elements it has."""
+        return math.prod(self.shape)
+
+    nelement = numel
+
+    def is_floating_point(self) -> bool:
+        """Return whether it holds floats."""
+        return (known_dtype(self) or facts_of(self).dtype).startswith(("float", "bfloat"))
+
+    @property
+    def data(self) -> Proxy:
+        """The value without its gradient history."""
+        return apply_op("detach", (self,), {})
 
     # ------------------------------------------------------------ dtypes and devices
 
@@ -315,6 +376,8 @@ class Proxy(Value, MethodTypes):
         def __getattr__(self, name: str) -> Any:
             if name.startswith("_"):
                 raise AttributeError(name)
+            if name in _ASKED:  # a refusal of the property is an AttributeError, and led here
+                return vars(Proxy)[name].__get__(self)
             if self._fields and name in self._fields:
                 return self._item(self._fields.index(name))
             raise _no_attribute(self, name)
@@ -438,14 +501,8 @@ def _fields(op: Op, args: list[Any], kwargs: dict[str, Any]) -> tuple[str, ...] 
 
 
 def _unknown(value: Value, asked: str) -> ValueUnknownError:
-    place = value._origin
-    known = ""
-    if isinstance(place, Hooked) and asked in ("shape", "size", "ndim", "dim", "__len__", "dtype"):
-        shape = ", ".join(map(str, place.info.shape))
-        known = f". At this hook point it is {place.info.dtype}[{shape}]"
     error = graph_error(
-        f"this value is computed later, on the server, so nobody knows yet {_UNKNOWN[asked]}"
-        f"{known}",
+        f"this value is computed later, on the server, so nobody knows yet {_UNKNOWN[asked]}",
         ValueUnknownError,
     )
     assert isinstance(error, ValueUnknownError)

@@ -61,6 +61,7 @@ from ndif_client.wire.messages import HookInfo
 from ndif_client.wire.tensors import TensorSpec, export_array
 
 if TYPE_CHECKING:
+    from ndif_client.facts import Facts
     from ndif_client.held import Handle, Holder
 
 #: Arrays of one trace: a frame has no more buffers.
@@ -135,6 +136,8 @@ class Recorder:
         #: who is told of the lines that a node writes
         self.logs: dict[int, Callable[[str], object]] = {}
         self.result: Result | None = None
+        #: what is known about its values, where the server can be asked
+        self.facts: Facts | None = None
         self._failure: BaseException | None = None
         self.closed_at: Source | None = None
         self.generates = generates
@@ -389,6 +392,15 @@ class Recorder:
     def last_gradient_write(self, backward: int, of: int) -> int | None:
         """Return the number of the last write of a value's gradient."""
         return self._gradient_writes.get((backward, of))
+
+    def attends_at(self, steps: Steps) -> bool:
+        """Whether something is read at these steps that grows with every one of them."""
+        reads = [
+            node
+            for node, block in zip(self._nodes, self._blocks, strict=True)
+            if isinstance(node, ReadHook) and overlap(block.steps, steps)
+        ]
+        return any(node.hook.port not in ("input", "output", "query", "result") for node in reads)
 
     def first_read(self, node: int) -> int:
         """Return the first read of what a read has seen: its gradient is the hook point's own."""

@@ -8,7 +8,7 @@ from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from ndif_client.arguments import encode
-from ndif_client.errors import ClosedTraceError, graph_error
+from ndif_client.errors import ClosedTraceError, GraphError, graph_error
 from ndif_client.naming import complete_names, save_structure, unsaved_variables
 from ndif_client.prompts import Messages, Prompt, as_invoke
 from ndif_client.proxy import Proxy
@@ -42,6 +42,8 @@ class Recording:
         self._stack = ExitStack()
         self._caches: list[tuple[Cache, int, Block, str]] = []
         self._opened = False
+        #: what to say when it is to run
+        self._saves_nothing: GraphError | None = None
 
     @property
     def seed(self) -> int:
@@ -301,7 +303,8 @@ class Recording:
         recorder = self._recorder
         if not recorder.names and not recorder.has_effects:
             held = " or ".join(map(repr, unsaved_variables(recorder, frame)))
-            raise graph_error(
+            # Its shapes can be asked for all the same.
+            self._saves_nothing = graph_error(
                 f"this {self._noun} saves nothing, so it would compute for nobody: call .save() on "
                 f"{held or 'a value'}, give it to an attribute of the {self._noun}, or return it "
                 "from the function"

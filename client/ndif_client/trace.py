@@ -25,6 +25,7 @@ from ndif_client.errors import (
     graph_error,
 )
 from ndif_client.explanation import Explanation
+from ndif_client.facts import Facts
 from ndif_client.held import earlier_requests
 from ndif_client.progress import OnProgress, Progress
 from ndif_client.prompts import Messages, Prompt, as_invoke
@@ -42,6 +43,7 @@ from ndif_client.wire.messages import (
     Queued,
     Running,
     TraceRequest,
+    ValueInfo,
 )
 
 if TYPE_CHECKING:
@@ -92,6 +94,7 @@ class Trace(Recording):
         generates = self._decoding is not None
         recorder = Recorder(self._id, session._holder, seed=as_seed(seed), generates=generates)
         super().__init__(session, recorder)
+        recorder.facts = Facts(self._ask)
         self._numerics: Numerics = numerics
         self._on_progress = on_progress
         #: the trace that it follows in a chain, and whether that has not been sent yet
@@ -197,6 +200,11 @@ class Trace(Recording):
         submitter = self._session._submitter
         return await submitter.explain(self._request(), self._recorder.buffers)
 
+    def _ask(self) -> list[ValueInfo | None]:
+        """Return what has been recorded so far is; the event loop stands still meanwhile."""
+        request = self._request()
+        return self._session._inquiry.explain(request, self._recorder.buffers).values
+
     async def scan(self) -> Scan:
         """Return the shapes and dtypes of everything recorded, without running it.
 
@@ -247,6 +255,9 @@ class Trace(Recording):
             raise self._recorder.failure
         if self._recorder.closed_at is None:
             self._record_nothing("awaited")
+        if self._saves_nothing is not None:
+            self._recorder.failure = self._saves_nothing
+            raise self._saves_nothing
 
     def _record_nothing(self, what: str) -> None:
         """Do what is to be done when it is to run without having been recorded: refuse it."""

@@ -38,6 +38,11 @@ _READ_BYTES = 4 << 20
 _SILENCE_S = 60.0
 
 
+async def nothing_known() -> str:
+    """Say nothing of why a server can't be reached."""
+    return ""
+
+
 class BrokenStreamError(Exception):
     """The connection broke, or went silent; what was sent may or may not have arrived."""
 
@@ -67,6 +72,12 @@ class Transport:
         if api_key:
             self._headers["Authorization"] = f"Bearer {api_key}"
         self._http: aiohttp.ClientSession | None = None
+
+    def twin(self) -> Transport:
+        """Return another one for the same session, to be opened on an event loop of its own."""
+        twin = Transport(self.url, None, self.timeout, nothing_known)
+        twin._headers = self._headers
+        return twin
 
     async def open(self) -> None:
         """Make ready to connect; nothing is sent yet."""

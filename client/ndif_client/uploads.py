@@ -89,7 +89,7 @@ async def _upload_all(session: Session, wanted: Sequence[Wanted]) -> list[Handle
         known = holder.uploaded(digest)
         if known is not None and held.get(known) != _spec(tensor):
             known = None
-        if known is not None and name in (None, known):
+        if known is not None and name == known:
             handles[number] = holder.handle(known)
         else:
             sources[number] = known
@@ -101,7 +101,7 @@ async def _upload_all(session: Session, wanted: Sequence[Wanted]) -> list[Handle
                 handles[number] = _record(session, trace, name, tensor, sources[number])
         await trace
     for number, digest in enumerate(digests):
-        holder.note_upload(digest, handles[number].name)
+        holder.note_upload(digest, handles[number].name, _spec(wanted[number][1]))
     return [handles[number] for number in range(len(wanted))]
 
 

@@ -165,9 +165,11 @@ async def test_constants_of_generations_sent_together_keep_apart_and_keep_their_
 # ---------------------------------------------------------------- recording
 
 
-def test_a_generation_that_reads_and_saves_nothing_is_refused(session: Session, model: Any) -> None:
-    with pytest.raises(errors.GraphError, match="this generation saves nothing"):  # noqa: SIM117
-        with session.generate("x"):
+async def test_a_generation_that_reads_and_saves_nothing_is_refused(
+    session: Session, model: Any
+) -> None:
+    with pytest.raises(errors.GraphError, match="this generation saves nothing"):
+        async with session.generate("x"):
             _ = model.lm_head.output
     with session.generate("x") as gen:
         pass

@@ -229,7 +229,7 @@ def test_a_tuple_of_results_unpacks_where_its_length_is_known(session: Session, 
         first, second = h.chunk(2, -1)
         assert len({values, indices, first, second}) == 4
         assert len(h.split([1, 2, 3])) == 3
-        with pytest.raises(ValueUnknownError, match="how many items"):
+        with pytest.raises(ValueUnknownError, match="can't reach"):
             _first, _second = h.split(2)
         with pytest.raises(GraphError, match=r"use one of them \(values, indices\)"):
             h.topk(5) + 1
@@ -273,20 +273,18 @@ def test_bfloat16_constants_travel_as_they_are(session: Session, model: Any) -> 
 UNANSWERABLE: list[tuple[Callable[[Any], Any], str]] = [
     (lambda h: bool(h), "ops.where"),
     (lambda h: 1 if h > 0 else 2, "ops.where"),
-    (lambda h: len(h), "negative indices"),
-    (lambda h: list(h), "how many items"),
+    (lambda h: len(h), "asked of the server, and can't reach"),
+    (lambda h: list(h), "asked of the server"),
     (lambda h: 3 in h, r"\.any\(\)"),
     (lambda h: float(h), r"\.value"),
     (lambda h: int(h), r"\.value"),
     (lambda h: range(h), "h\\[:, position\\]"),
     (lambda h: np.asarray(h), "ndif_client.ops"),
-    (lambda h: h.shape[-1], r"float32\[batch, sequence, 6\]"),
-    (lambda h: h.size(0), "session.tree"),
+    (lambda h: h.shape[-1], "asked of the server"),
+    (lambda h: h.size(0), "asked of the server"),
     (lambda h: h.item(), r"\.value\.item\(\)"),
     (lambda h: h.tolist(), r"\.value\.tolist\(\)"),
     (lambda h: h.numpy(), r"\.value\.numpy\(\)"),
-    (lambda h: h.dtype, "session.tree.dtype"),
-    (lambda h: h.device, "as they are"),
 ]
 
 

@@ -131,11 +131,11 @@ def test_a_function_saves_what_it_returns(session: Session) -> None:
         finished_graph(trace)
 
 
-def test_a_function_may_return_only_values(session: Session) -> None:
+async def test_a_function_may_return_only_values(session: Session) -> None:
     with pytest.raises(GraphError, match="what the function returns: only values of the trace"):
         session.trace("x", lambda m: {"h": 5})
     with pytest.raises(GraphError, match="saves nothing"):
-        session.trace("x", lambda m: None)
+        await session.trace("x", lambda m: None)
 
 
 def test_an_error_in_the_function_is_raised_as_itself(session: Session) -> None:
@@ -192,17 +192,22 @@ def test_without_a_prompt_nothing_can_be_read(session: Session, model: Any) -> N
     finished_graph(trace)
 
 
-def test_a_trace_that_saves_and_writes_nothing_is_refused(session: Session, model: Any) -> None:
-    with pytest.raises(GraphError, match="saves nothing"), session.trace("x"):
-        _ = model.lm_head.output
+async def test_a_trace_that_saves_and_writes_nothing_is_refused(
+    session: Session, model: Any
+) -> None:
+    with pytest.raises(GraphError, match="saves nothing"):
+        async with session.trace("x"):
+            _ = model.lm_head.output
 
 
-def test_a_forgotten_save_is_named(session: Session, model: Any) -> None:
-    forgotten = r"call \.save\(\) on 'hidden' or 'top'"
-    with pytest.raises(GraphError, match=forgotten), session.trace("x"):
+async def test_a_forgotten_save_is_named(session: Session, model: Any) -> None:
+    with session.trace("x") as trace:
         hidden = model.model.layers[0].output
         top = hidden.topk(3)
     assert top is not None
+    with pytest.raises(GraphError, match=r"call \.save\(\) on 'hidden' or 'top'") as refused:
+        await trace
+    assert "with session.trace" in str(refused.value)
 
 
 def test_a_trace_is_recorded_once(session: Session, model: Any) -> None:
@@ -257,11 +262,11 @@ def test_a_recorded_trace_that_never_runs_is_warned_about(session: Session, mode
         gc.collect()
 
 
-def test_a_trace_that_failed_is_not_warned_about(session: Session) -> None:
+async def test_a_trace_that_failed_is_not_warned_about(session: Session) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with pytest.raises(GraphError):
-            session.trace("x", lambda m: None)
+            await session.trace("x", lambda m: None)
 
 
 def test_a_trace_says_how_far_it_is(session: Session, model: Any) -> None:

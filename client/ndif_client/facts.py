@@ -1,0 +1,127 @@
+"""What a value is, asked of the server while its trace is still being written.
+
+Python wants some things at once: `h.shape[-1]`, `len(h)`, `for row in h`. What has been recorded so
+far is sent to be explained, which runs nothing, and whoever writes the trace waits those
+milliseconds. What a hook point is follows from what was learnt about another of the same invoke.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from ndif_client.errors import ConnectError, ValueUnknownError, graph_error
+from ndif_client.explanation import Explanation
+from ndif_client.loop_thread import LoopThread
+from ndif_client.submission import Submitter
+from ndif_client.transport import Transport
+from ndif_client.values import Hooked, Value, node_of
+from ndif_client.wire.graph import PREFILL, Invoke
+from ndif_client.wire.messages import TraceRequest, ValueInfo
+
+
+class Inquiry:
+    """Questions that are answered before the event loop goes on: over a connection of their own."""
+
+    def __init__(self, transport: Transport) -> None:
+        self._transport = transport.twin()
+        self._thread: LoopThread | None = None
+
+    def explain(self, request: TraceRequest, buffers: Sequence[bytes]) -> Explanation:
+        """Return what a request would cost; raises as `Submitter.explain` does."""
+        if self._thread is None:
+            self._thread = LoopThread()
+            self._thread.call(self._transport.open())
+        return self._thread.call(Submitter(self._transport).explain(request, buffers))
+
+    def close(self) -> None:
+        """Ask no more."""
+        if self._thread is not None:
+            self._thread.call(self._transport.close())
+            self._thread.stop()
+            self._thread = None
+
+
+class Facts:
+    """What is known about the values of one trace.
+
+    Args:
+        ask: returns shape and dtype of all nodes recorded so far.
+    """
+
+    def __init__(self, ask: Callable[[], list[ValueInfo | None]]) -> None:
+        self._ask = ask
+        self._nodes: list[ValueInfo | None] = []
+        #: what the words in the shapes of hook points mean, by invoke
+        self._sizes: dict[int, dict[str, int]] = {}
+
+    def of(self, value: Value) -> ValueInfo:
+        """Return shape and dtype of a value.
+
+        Raises:
+            ValueUnknownError: they are not the same at all of its steps, or can't be found out.
+            NdifError: what has been recorded can never run.
+        """
+        node = node_of(value)
+        _check_one_step(value)
+        place = value._origin if value._recorder.block_of(node).steps == PREFILL else None
+        if isinstance(place, Hooked):
+            sizes = self._sizes_of(place.invoke, value._recorder.invokes)
+            known = [sizes.get(s) if isinstance(s, str) else s for s in place.info.shape]
+            if None not in known:
+                return ValueInfo([size for size in known if size is not None], place.info.dtype)
+        if node >= len(self._nodes) or self._nodes[node] is None:
+            self._learn()
+        found = self._nodes[node] if node < len(self._nodes) else None
+        if found is None:
+            raise _unknown("nobody knows its shape")
+        if isinstance(place, Hooked):
+            self._note(place, found)
+        return found
+
+    def _learn(self) -> None:
+        try:
+            self._nodes = self._ask()
+        except ConnectError as error:
+            raise _unknown(f"its shape is asked of the server, and {error}") from error
+
+    def _sizes_of(self, invoke: int, invokes: Sequence[Invoke]) -> dict[str, int]:
+        """Return the sizes of an invoke; where its prompts are ids, they are known at once."""
+        if invoke not in self._sizes:
+            prompts = invokes[invoke].prompts
+            lengths = [len(prompt) for prompt in prompts if isinstance(prompt, list)]
+            known = self._sizes[invoke] = {"batch": len(prompts)}
+            if len(lengths) == len(prompts) and not invokes[invoke].decoder:
+                known["sequence"] = max(lengths)
+        return self._sizes[invoke]
+
+    def _note(self, place: Hooked, found: ValueInfo) -> None:
+        sizes = self._sizes[place.invoke]
+        for word, size in zip(place.info.shape, found.shape, strict=True):
+            if isinstance(word, str):
+                sizes[word] = size
+
+
+def facts_of(value: Value) -> ValueInfo:
+    """Return shape and dtype of a value; raises as `Facts.of` does."""
+    facts = value._recorder.facts
+    if facts is None or value._recorder.closed_at is not None:
+        raise _unknown("its shape is known only where a trace with prompts is being written")
+    return facts.of(value)
+
+
+def _check_one_step(value: Value) -> None:
+    """Refuse a value of several steps of a generation, whose sequence is not always as long."""
+    recorder = value._recorder
+    steps = recorder.block_of(value._node).steps
+    if steps.single or not (0 in steps or recorder.attends_at(steps)):
+        return
+    raise _unknown(
+        f"it is about {steps}, and need not have one shape at all of them; count from the end, or "
+        "take sizes of session.tree"
+    )
+
+
+def _unknown(why: str) -> ValueUnknownError:
+    error = graph_error(f"this value is computed later, on the server: {why}", ValueUnknownError)
+    assert isinstance(error, ValueUnknownError)
+    return error
