@@ -83,6 +83,8 @@ class Outlook:
         found: dict[str, HeldSpec] = {}
         for number, node in uses:
             spec = before.get(node.name) or session.held.get(node.name)
+            if spec is None and node.otherwise is not None:
+                continue
             if spec is None:
                 raise _unknown(request.graph, number, node.name, {*session.held, *before}, session)
             found[node.name] = spec

@@ -20,6 +20,7 @@ from ndif_client.wire.graph import (
     Backward,
     Choose,
     Graph,
+    Held,
     HookPoint,
     Parameter,
     ReadGradient,
@@ -92,19 +93,17 @@ def plan_backwards(
         RequestError: a value can have no gradient in its backward.
     """
     plans: list[BackwardPlan] = []
-    later = _made_of_gradients(graph, uses)
     for place, (number, values) in enumerate(watched.items()):
         begins = AFTER_FORWARD + place * (MAX_NODES + 1)
         backward = graph.nodes[number]
         assert isinstance(backward, Backward)
-        _check_forward(graph, number, later, backward, values)
         for value, used_at in values.items():
             if not _depends(graph, uses, orders, sites, backward.loss.node, value):
                 raise graph_fault(
                     graph,
                     used_at,
-                    "there is no gradient of this value, because what is differentiated does not "
-                    "depend on it",
+                    f"there is no gradient of {_named(graph, value)}, because what is "
+                    f"differentiated does not depend on it{_why(graph, uses, number, value)}",
                     number,
                 )
         latest_first = sorted(values, key=lambda value: (orders[value], value), reverse=True)
@@ -113,38 +112,40 @@ def plan_backwards(
     return tuple(plans)
 
 
-def _check_forward(
-    graph: Graph,
-    number: int,
-    later: frozenset[int],
-    backward: Backward,
-    values: Mapping[int, int],
-) -> None:
-    """Check that what is differentiated, and for which values, is known when the forward ends."""
-    given = [] if backward.gradient is None else [backward.gradient.node]
-    for used in (backward.loss.node, *given):
-        if used in later:
-            raise graph_fault(
-                graph,
-                number,
-                "what is differentiated depends on a gradient; gradients of gradients are not "
-                "offered",
-                used,
-            )
-    for value, used_at in values.items():
-        if value in later:
-            raise graph_fault(
-                graph, used_at, "this value depends on a gradient, and has none of its own", value
-            )
+def _named(graph: Graph, value: int) -> str:
+    node = graph.nodes[value]
+    return f"the held value {node.name!r}" if isinstance(node, Held) else "this value"
 
 
-def _made_of_gradients(graph: Graph, uses: Sequence[Sequence[int]]) -> frozenset[int]:
-    """Return the nodes whose values depend on a gradient."""
-    found: set[int] = set()
-    for number, node in enumerate(graph.nodes):
-        if isinstance(node, ReadGradient) or any(used in found for used in uses[number]):
-            found.add(number)
-    return frozenset(found)
+def _why(graph: Graph, uses: Sequence[Sequence[int]], backward: int, value: int) -> str:
+    """Return what may have been overlooked."""
+    loss = graph.nodes[backward]
+    assert isinstance(loss, Backward)
+    before = _made_from(uses, loss.loss.node)
+    for number in sorted(before):
+        node = graph.nodes[number]
+        if isinstance(node, ReadGradient):
+            return " but by gradients: gradients of gradients are not offered"
+        if not isinstance(node, Apply) or value not in _made_from(uses, number):
+            continue
+        op = CATALOGUE.get(node.op)
+        if op is not None and (not op.differentiable or op.name == "detach"):
+            return f" but by {node.op}, which has no gradient"
+    whole = graph.nodes[value]
+    if isinstance(whole, Apply) and whole.op == "getitem":
+        return ": this part of a value was not used for it; of the part h[...], take h.grad[...]"
+    return ""
+
+
+def _made_from(uses: Sequence[Sequence[int]], number: int) -> set[int]:
+    """Return a node and all that it is made from."""
+    found, waiting = {number}, [number]
+    while waiting:
+        for used in uses[waiting.pop()]:
+            if used not in found:
+                found.add(used)
+                waiting.append(used)
+    return found
 
 
 def _depends(
@@ -166,6 +167,8 @@ def _depends(
             influenced.add(number)
             if isinstance(node, ReadHook):
                 since[node.invoke] = min(since.get(node.invoke, orders[number]), orders[number])
+        elif isinstance(node, ReadGradient):
+            continue  # a number for what is made of it: gradients of gradients are not offered
         elif isinstance(node, WriteHook):
             if any(used in influenced for used in uses[number]):
                 order = sites[node.hook].order

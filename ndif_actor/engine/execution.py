@@ -215,7 +215,8 @@ class Execution:
                 key = backward, of.node
                 value = ops.resolve(given, self._values.__getitem__)
                 changed = torch.as_tensor(value, device=self._model.device)
-                self._gradients[key] = torch.empty_like(self._gradients[key]).copy_(changed)
+                replaced = torch.empty_like(self._gradients[key])
+                self._gradients[key] = replaced.copy_(changed.detach())
                 return None
             case Choose(condition=condition, then=then, otherwise=otherwise):
                 return self._values[(then if self._decisions[condition.node] else otherwise).node]
@@ -235,8 +236,9 @@ class Execution:
             case Constant(tensor=spec):
                 array = import_array(spec, check_buffer(spec, self._buffers), "torch")
                 return array.to(self._model.device)
-            case Held(name=name):
-                return self.holdings.get(name)
+            case Held(name=name, otherwise=otherwise):
+                begin = None if otherwise is None else self._values[otherwise.node]
+                return self.holdings.get(name, begin)
             case Keep(value=Ref(node=kept), name=name):
                 self.holdings.keep(name, self._values[kept])
                 return None
@@ -324,7 +326,9 @@ class Execution:
         """Run the nodes that wait for the gradient of a value; return what it is after them."""
         key = backward, of
         self._gradients[key] = gradient.detach()
-        self.run(order, None)
+        # A later backward may be of something that is made of this gradient, as of a constant.
+        with torch.set_grad_enabled(len(self.plan.backwards) > 1):
+            self.run(order, None)
         return self._gradients.pop(key, gradient)
 
     def fail(self, number: int, message: str, other: int | None = None) -> None:

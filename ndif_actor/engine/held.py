@@ -68,20 +68,23 @@ class Holdings:
         self.kept: dict[str, Value] = {}
         self._store = store
 
-    def get(self, name: str) -> Value:
-        """Return a held value; nobody may change it.
+    def get(self, name: str, otherwise: Value | None = None) -> Value:
+        """Return a held value, or what is given in its place; nobody may change it.
 
         Raises:
             LookupError: it is not there any more.
             ValueError: it is of another shape or dtype by now.
         """
         value = self._store.find(self.scope, name)
+        if value is None and otherwise is not None:
+            return otherwise
         if value is None:
             raise LookupError(
                 f"{name!r} is not held any more: it was dropped, or lost when the model restarted; "
                 "or it never was, as the generation that was to keep it ended before that"
             )
-        found, checked = spec_of(value), self.specs[name]
+        found = spec_of(value)
+        checked = self.specs[name] if otherwise is None else spec_of(otherwise)
         if found != checked:
             raise ValueError(
                 f"{name!r} is {shown(found)} by now, and was {shown(checked)} when this was sent"

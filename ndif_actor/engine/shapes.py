@@ -120,7 +120,7 @@ def infer(
                 node = graph.nodes[number]
                 try:
                     if isinstance(node, Held):
-                        value: Any = from_spec((held or {})[node.name])
+                        value: Any = _held(node, held or {}, known)
                     else:
                         steps = graph.steps_of(number)
                         last = num_steps - 1 if at_last and not steps.single else steps.start
@@ -133,6 +133,13 @@ def infer(
                     raise graph_fault(graph, number, message) from None
                 known[number] = new[number] = value
     return shapes
+
+
+def _held(node: Held, held: Mapping[str, HeldSpec], known: Mapping[int, Any]) -> Any:
+    if node.otherwise is None:
+        return from_spec(held[node.name])
+    otherwise = known[node.otherwise.node]
+    return _same(from_spec(held[node.name]), otherwise) if node.name in held else otherwise
 
 
 def price(

@@ -159,9 +159,13 @@ class Constant(msgspec.Struct, frozen=True, tag="constant"):
 
 
 class Held(msgspec.Struct, frozen=True, tag="held"):
-    """A value that the server holds for this session, as it is when the request starts."""
+    """A value that the server holds for this session, as it is when the request starts.
+
+    Where nothing is held as `name`, it is `otherwise`, if that is given.
+    """
 
     name: HeldName
+    otherwise: Ref | None = None
 
 
 class Keep(msgspec.Struct, frozen=True, tag="keep"):
@@ -392,6 +396,8 @@ def references(node: Node) -> list[int]:
     match node:
         case WriteHook(value=value) | Keep(value=value) | Save(value=value):
             visit(value)
+        case Held(otherwise=otherwise):
+            visit(otherwise)
         case Log(items=items):
             for item in items:
                 visit(item)

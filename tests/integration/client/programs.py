@@ -22,6 +22,9 @@ SHORT = [7, 30, 2]
 
 Values = dict[str, Any]
 
+#: How far a vector is moved at once.
+RATE = 0.5
+
 Recorded = Callable[[Session], Trace]
 Expected = Callable[[Plain], Values]
 
@@ -423,4 +426,68 @@ def lists_and_dicts_of_saves(session: Session) -> Trace:
     with session.trace(EIFFEL) as trace:
         session.model.layers[0].resid *= 2
         trace.streams = [layer.resid for layer in session.model.layers][1:]
+    return trace
+
+
+# ---------------------------------------------------------------- gradients made of gradients
+
+
+def _of_a_gradient(plain: Plain) -> Values:
+    seen: dict[int, torch.Tensor] = {}
+
+    def keep(layer: int) -> Any:
+        def hook(stream: torch.Tensor) -> torch.Tensor:
+            seen[layer] = stream.clone().requires_grad_() if not stream.requires_grad else stream
+            return seen[layer]
+
+        return hook
+
+    logits = plain.run(EIFFEL, post=[(plain.layers[i], keep(i)) for i in (0, 1)], grad=True)
+    early, late = seen[0], seen[1]
+    (left,) = torch.autograd.grad(logits[0, -1, 7], late, retain_graph=True)
+    (gradient,) = torch.autograd.grad((left * late).sum(), early, retain_graph=True)
+    (started,) = torch.autograd.grad(late, early, left)
+    return {"gradient": gradient, "started": started}
+
+
+@program(_of_a_gradient)
+def a_backward_from_the_gradient_of_another(session: Session) -> Trace:
+    model = session.model
+    with session.trace(EIFFEL) as trace:
+        early, late = model.layers[0].resid, model.layers[1].resid
+        model.unembed.output[0, -1, 7].backward()
+        left = late.grad
+        with (left * late).sum().backward():
+            trace.gradient = early.grad
+        with late.backward(gradient=left):
+            trace.started = early.grad
+    return trace
+
+
+def _moved(plain: Plain) -> Values:
+    stream = plain.streams(EIFFEL)[1].detach()
+    vector = torch.zeros_like(stream[0, -1])
+    losses = []
+    for _ in range(3):
+        vector = vector.detach().requires_grad_()
+        loss = plain.lens(stream[:, -1] + vector)[0].log_softmax(-1)[7]
+        losses.append(loss.detach())
+        (gradient,) = torch.autograd.grad(loss, vector)
+        vector = vector + RATE * gradient
+    return {"vector": vector.detach(), "losses": losses}
+
+
+@program(_moved)
+def a_vector_is_moved_along_its_gradient_three_times(session: Session) -> Trace:
+    model = session.model
+    with session.trace(EIFFEL) as trace:
+        stream = model.layers[1].resid.detach()
+        vector = stream[0, -1] * 0
+        losses = []
+        for _ in range(3):
+            loss = model.unembed(model.norm(stream[:, -1] + vector))[0].log_softmax(-1)[7]
+            losses.append(loss)
+            loss.backward()
+            vector = vector + RATE * vector.grad
+        trace.vector, trace.losses = vector, losses
     return trace

@@ -120,6 +120,25 @@ def test_gradients_of_gradients_are_refused() -> None:
     assert "gradients of gradients" in refused(recorder).message
 
 
+def test_what_cuts_a_gradient_off_is_named() -> None:
+    recorder = Recorder()
+    value = recorder.read("1.output")
+    loss = recorder.apply("sum", recorder.apply("round", value))
+    recorder.save(recorder.gradient(recorder.backward(loss), value))
+
+    assert "but by round, which has no gradient" in refused(recorder).message
+
+
+def test_the_gradient_of_a_part_that_was_not_used_says_where_it_is() -> None:
+    recorder = Recorder()
+    value = recorder.read("1.output")
+    part = recorder.apply("getitem", value, 0)
+    loss = recorder.backward(recorder.apply("sum", value))
+    recorder.save(recorder.gradient(loss, part))
+
+    assert r"take h.grad[...]" in refused(recorder).message
+
+
 def test_a_gradient_without_a_backward_is_refused() -> None:
     recorder = Recorder()
     value = recorder.read("1.output")
