@@ -9,7 +9,16 @@ from ndif_client.arguments import encode_content
 from ndif_client.errors import GraphError, graph_error
 from ndif_client.recorder import Recorder
 from ndif_client.values import Gradient, Owned, Value, node_of
-from ndif_client.wire.graph import PREFILL
+from ndif_client.wire.catalogue import CATALOGUE
+from ndif_client.wire.graph import (
+    PREFILL,
+    Apply,
+    Backward,
+    ReadGradient,
+    ReadHook,
+    WriteHook,
+    references,
+)
 
 
 class BackwardBlock:
@@ -73,6 +82,33 @@ def write_gradient(value: Value, gradient: Any) -> None:
         if written is not None and written == own.last_write:
             return  # `h.grad *= 2` has written it already
     recorder.write_gradient(recorder.backward, of, encode_content(gradient, recorder))
+
+
+def influences(recorder: Recorder, value: Value, backward: int) -> bool:
+    """Whether what is differentiated in a backward depends on a value, as the server sees it."""
+    influenced = {value._node}
+    reached: set[int] = set()  # invokes whose rows depend on it by now
+    loss = -1
+    for number, node in recorder.nodes_in_order():
+        if number == backward:
+            assert isinstance(node, Backward)
+            loss = node.loss.node
+        if number in influenced and isinstance(node, ReadHook):
+            reached.add(node.invoke)
+        elif isinstance(node, ReadHook):
+            influenced |= {number} if node.invoke in reached else set()
+        elif isinstance(node, ReadGradient):
+            continue
+        elif isinstance(node, WriteHook):
+            reached |= {node.invoke} if influenced & set(references(node)) else set()
+        elif not (isinstance(node, Apply) and _cuts(node.op)):
+            influenced |= {number} if influenced & set(references(node)) else set()
+    return loss in influenced
+
+
+def _cuts(name: str) -> bool:
+    op = CATALOGUE.get(name)
+    return op is None or not op.differentiable or name == "detach"
 
 
 def _watched(value: Value) -> int:

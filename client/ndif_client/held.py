@@ -41,6 +41,8 @@ class Holder:
         #: what was uploaded, by the digest of its content, and the other way round
         self._uploads: dict[str, str] = {}
         self._digests: dict[str, str] = {}
+        #: the request that was sent last of those that keep something as a name
+        self._keepers: dict[str, Origin] = {}
         #: what was uploaded is, by name
         self._specs: dict[str, HeldSpec] = {}
         self._handles: WeakValueDictionary[str, Handle] = WeakValueDictionary()
@@ -87,6 +89,24 @@ class Holder:
     def spec(self, name: str) -> HeldSpec | None:
         """Return what a held value is, if that is known here."""
         return self._specs.get(name)
+
+    def note_keeper(self, names: Iterable[str], origin: Origin) -> None:
+        """Remember that a request is on its way that keeps something as each of these names."""
+        for name in names:
+            self._keepers[name] = origin
+
+    def keepers_of(self, names: Iterable[str]) -> list[str]:
+        """Return the requests under way that keep something as one of these names."""
+        found = []
+        for name in names:
+            origin = self._keepers.get(name)
+            if origin is None:
+                continue
+            if origin.has_ended or origin.failure is not None:
+                del self._keepers[name]
+            else:
+                found.append(origin.request)
+        return found
 
     def forget_upload(self, name: str) -> None:
         """Note that a name has other content from now on, or none."""
@@ -159,14 +179,32 @@ class Handle(Delegate):
         """What the server knows it by."""
         return self._name
 
-    def _sole_value(self) -> Proxy:
+    @property
+    def grad(self) -> Proxy:
+        """The gradient of what was held before this trace, in the last backward."""
+        return self._before().grad
+
+    @grad.setter
+    def grad(self, gradient: Any) -> None:
+        self._before().grad = gradient
+
+    def _before(self) -> Proxy:
+        recorder = self._recorder()
+        return Proxy(recorder, recorder.held(self, before=0), None, self._fields)
+
+    def _sole_value(self, otherwise: Proxy | None = None) -> Proxy:
+        recorder = self._recorder()
+        begin = None if otherwise is None else node_of(otherwise)
+        return Proxy(recorder, recorder.held(self, begin), None, self._fields)
+
+    def _recorder(self) -> Recorder:
         recorder = current_recorder(f"the held value {self._shown()}")
         if recorder.holder is not self._holder:
             raise graph_error(
                 f"{self._shown()} is held for another session; fetch it there, and upload it here",
                 ClosedTraceError,
             )
-        return Proxy(recorder, recorder.held(self), None, self._fields)
+        return recorder
 
     def _shown(self) -> str:
         return "without a name" if self._own else repr(self._name)
@@ -188,10 +226,8 @@ class Handle(Delegate):
         return tuple(spec.shape) if torch is None else torch.Size(spec.shape)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name.startswith("_"):
+        if name.startswith("_") or name == "grad":
             object.__setattr__(self, name, value)
-        elif name == "grad":
-            self._sole_value().grad = value
         else:
             raise graph_error(f"the held value {self._shown()} has no {name!r} to be set")
 
@@ -240,14 +276,19 @@ def name_of(handle: Handle | str) -> str:
     return handle.name if isinstance(handle, Handle) else check_name(handle)
 
 
-def earlier_requests(used: Iterable[Handle]) -> list[str]:
-    """Return the requests under way that keep what these handles stand for.
+def earlier_requests(recorder: Recorder) -> list[str]:
+    """Return the requests under way that a trace must come after.
+
+    They keep what its handles stand for, or something else under a name that it uses or keeps: it
+    was written after them, and finds what they leave.
 
     Raises:
-        GraphError: one of them has failed, or was not sent.
+        GraphError: what a handle stands for was not sent, or will never be there.
     """
     found: dict[str, None] = {}
-    for handle in used:
+    if recorder.holder is not None:
+        found = dict.fromkeys(recorder.holder.keepers_of((*recorder.used, *recorder.kept)))
+    for handle in recorder.used.values():
         origin: Origin | None = handle._origin
         if origin is None or origin.has_ended:
             continue

@@ -34,6 +34,7 @@ from ndif_client.wire.graph import (
     MAX_NODES,
     MAX_STEP_BLOCKS,
     PREFILL,
+    Apply,
     Argument,
     Backward,
     Choose,
@@ -142,6 +143,8 @@ class Recorder:
         self.closed_at: Source | None = None
         self.generates = generates
         self.backward: int | None = None
+        #: numbers of all of them
+        self.backwards: list[int] = []
         self._opened_block: Source | None = None
         self.lines = Lines()
         self.guards = Guards()
@@ -154,8 +157,11 @@ class Recorder:
         self._parameters: dict[str, int] = {}
         self._held: dict[str, int] = {}
         self._keeps: dict[str, int] = {}
+        #: for each name, the nodes that keep something as that, and what
+        self._kept_as: dict[str, list[tuple[int, int]]] = {}
         self._ends = False
         self._saves: dict[int, int] = {}
+        self._write_orders: dict[int, int] = {}
         self._last_writes: dict[tuple[HookPoint, int], dict[Steps, int]] = {}
         self._reads: dict[tuple[HookPoint, int, int | None], int] = {}
         self._first_reads: dict[int, int] = {}
@@ -335,6 +341,7 @@ class Recorder:
             if order > info.order:
                 self._refuse_late(hook, read)
         number = self.add(WriteHook(hook, value, invoke))
+        self._write_orders[number] = info.order
         self._last_writes.setdefault((hook, invoke), {})[steps] = number
         return number
 
@@ -376,6 +383,7 @@ class Recorder:
         """Record a backward; `.grad` means its gradients from now on."""
         start = None if gradient is None else Ref(gradient)
         self.backward = self.add(Backward(Ref(loss), start), AFTER_FORWARD)
+        self.backwards.append(self.backward)
         return self.backward
 
     def read_gradient(self, of: int) -> int:
@@ -451,15 +459,23 @@ class Recorder:
             self._parameters[path] = self.add(Parameter(path))
         return self._parameters[path]
 
-    def held(self, handle: Handle) -> int:
-        """Record that a held value is used, once; what this trace keeps is used as it is here."""
+    def held(
+        self, handle: Handle, otherwise: int | None = None, *, before: int | None = None
+    ) -> int:
+        """Record that a held value is used, once; what this trace keeps is used as it is here.
+
+        Args:
+            handle: of the value.
+            otherwise: number of the node that stands for it where nothing is held.
+            before: number of a node; what the trace has kept after that is passed over.
+        """
         name = handle.name
-        if name in self._keeps:
-            keep = self._nodes[self._keeps[name]]
-            assert isinstance(keep, Keep)
-            return keep.value.node
+        for keep, value in reversed(self._kept_as.get(name, [])):
+            if before is None or keep < before:
+                return value
         if name not in self._held:
-            self._held[name] = self.add(Held(name))
+            begin = None if otherwise is None else Ref(otherwise)
+            self._held[name] = self.add(Held(name, begin))
             self.used[name] = handle
         return self._held[name]
 
@@ -469,7 +485,7 @@ class Recorder:
         Of a value that is made at several steps, that of the last is held.
 
         Raises:
-            GraphError: it is made in an edit or in some cases only, or another is kept as that.
+            GraphError: it is made in an edit or in some cases only.
         """
         if self.edits:
             raise graph_error("nothing stays from an edit, so nothing can be kept in it")
@@ -478,12 +494,14 @@ class Recorder:
                 "what is kept must be made in any case, so it can't be kept in a `when` block; "
                 "keep what trace.choose(...) gives"
             )
+        number = self.add(Keep(Ref(node), name), block=self._blocks[node])
         if name in self._keeps:
-            raise graph_error(
-                f"this trace keeps another value as {name!r} already",
-                other=self.source_of(self._keeps[name]),
-            )
-        self._keeps[name] = self.add(Keep(Ref(node), name), block=self._blocks[node])
+            # The last one counts, as with a variable; the node of the other comes to nothing.
+            earlier = self._nodes[self._keeps[name]]
+            assert isinstance(earlier, Keep)
+            self._nodes[self._keeps[name]] = Apply("detach", [earlier.value])
+        self._keeps[name] = number
+        self._kept_as.setdefault(name, []).append((number, node))
 
     def save(self, node: int) -> int:
         """Record that a value is to be sent back, once; return the number of the save.
@@ -547,6 +565,13 @@ class Recorder:
     def block_of(self, node: int) -> Block:
         """Return the steps block that a node was recorded in."""
         return self._blocks[node]
+
+    def nodes_in_order(self) -> list[tuple[int, Node]]:
+        """Return the nodes of the prefill with their numbers, in the order of the forward."""
+        orders = [self._moments.latest(number, PREFILL)[0] for number in range(len(self._nodes))]
+        for number, order in self._write_orders.items():
+            orders[number] = order
+        return sorted(enumerate(self._nodes), key=lambda pair: (orders[pair[0]], pair[0]))
 
     def saved_by(self, save: int) -> int:
         """Return the number of the node that a save sends back."""

@@ -302,6 +302,7 @@ class Trace(Recording):
             request, self._recorder.buffers, self._note, self._take_tokens, self._take_line
         )
         self._recorder.origin.was_submitted = True
+        self._session._holder.note_keeper(self._recorder.kept, self._recorder.origin)
         self._pending.reply.add_done_callback(self._note_end)
         return self._pending
 
@@ -321,7 +322,7 @@ class Trace(Recording):
         recorder.kept.clear()
 
     def _request(self) -> TraceRequest:
-        after = earlier_requests(self._recorder.used.values())
+        after = earlier_requests(self._recorder)
         if self._after is not None and self._after.id not in after:
             after.append(self._after.id)
         if len(after) > MAX_AFTER:

@@ -68,12 +68,12 @@ def test_names_have_bounds(session: Session, name: Any) -> None:
         session.held(name)
 
 
-def test_a_name_is_kept_once_by_a_trace(session: Session) -> None:
+def test_what_is_kept_last_under_a_name_is_held(session: Session) -> None:
     with session.trace() as trace:
         ops.zeros(2).keep("w")
-        with pytest.raises(errors.GraphError, match="keeps another value as 'w' already"):
-            ops.zeros(3).keep("w")
-    finished_graph(trace)
+        ops.zeros(3).keep("w")
+    kept = [node for node in finished_graph(trace).nodes if isinstance(node, Keep)]
+    assert [(node.name, node.value.node) for node in kept] == [("w", 2)]
 
 
 def test_a_handle_means_something_only_in_traces_of_its_session(session: Session) -> None:
