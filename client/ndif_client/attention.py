@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, get_args
 
 from ndif_client.errors import UnknownNameError, graph_error
@@ -35,6 +35,9 @@ class Heads:
 
     def __len__(self) -> int:
         return self._count("query")
+
+    def __iter__(self) -> Iterator[Heads]:
+        return (self[number] for number in range(len(self)))
 
     def __getitem__(self, index: int | slice | Sequence[int]) -> Heads:
         if self._index is not None:

@@ -19,12 +19,14 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, TypeVar, Unpack, overload
 
+from ndif_client import lora
 from ndif_client.blocking_traces import (
     BlockingChain,
     BlockingGeneration,
     BlockingTrace,
     awaited,
 )
+from ndif_client.caching import Modules
 from ndif_client.connecting import connect as connect_async
 from ndif_client.edits import Edit, EditRecording, Edits
 from ndif_client.envoy import Envoy
@@ -46,6 +48,7 @@ __all__ = [
     "BlockingGeneration",
     "BlockingSession",
     "BlockingTrace",
+    "LoRA",
     "connect",
 ]
 
@@ -69,6 +72,11 @@ class BlockingSession:
         self._open = True
         #: whether the connection belongs to another session
         self._shares = False
+
+    @property
+    def url(self) -> str:
+        """The server's address."""
+        return self._session.url
 
     @property
     def edits(self) -> Edits:
@@ -311,6 +319,30 @@ def connect(
     except BaseException:
         thread.stop()
         raise
+
+
+class LoRA(lora.LoRA):
+    """`ndif_client.lora.LoRA`, whose calls wait for their outcome."""
+
+    @classmethod
+    def create(  # type: ignore[override]
+        cls, session: BlockingSession, modules: Modules, **options: Any
+    ) -> LoRA:
+        """Make a fresh adapter; as `ndif_client.lora.LoRA.create`."""
+        return session.wait(super().create(session._session, modules, **options))  # type: ignore[return-value]
+
+    @classmethod
+    def load(  # type: ignore[override]
+        cls, session: BlockingSession, folder: str | os.PathLike[str], *, name: str | None = None
+    ) -> LoRA:
+        """Upload an adapter that PEFT has saved; as `ndif_client.lora.LoRA.load`."""
+        return session.wait(super().load(session._session, folder, name=name))  # type: ignore[return-value]
+
+    def save(  # type: ignore[override]
+        self, session: BlockingSession, folder: str | os.PathLike[str]
+    ) -> None:
+        """Write it as PEFT does; as `ndif_client.lora.LoRA.save`."""
+        session.wait(super().save(session._session, folder))
 
 
 def _refuse_in_loop(called: str, instead: str) -> None:

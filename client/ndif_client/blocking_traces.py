@@ -157,6 +157,12 @@ class BlockingChain:
     def __init__(self, chain: Chain, runner: Runner) -> None:
         self._chain = chain
         self._runner: Runner = _InChain(runner)
+        self._traces: list[BlockingTrace | BlockingGeneration] = []
+
+    @property
+    def traces(self) -> list[BlockingTrace | BlockingGeneration]:
+        """All of them, in order."""
+        return list(self._traces)
 
     @property
     def results(self) -> list[Result]:
@@ -165,13 +171,17 @@ class BlockingChain:
 
     def trace(self, prompt: Prompt | None = None, **options: Unpack[TraceOptions]) -> BlockingTrace:
         """Add a trace, which `with` records."""
-        return BlockingTrace(self._chain.trace(prompt, **options), self._runner)
+        trace = BlockingTrace(self._chain.trace(prompt, **options), self._runner)
+        self._traces.append(trace)
+        return trace
 
     def generate(
         self, prompt: Prompt | None = None, **options: Unpack[GenerateOptions]
     ) -> BlockingGeneration:
         """Add a generation, which `with` records."""
-        return BlockingGeneration(self._chain.generate(prompt, **options), self._runner)
+        generation = BlockingGeneration(self._chain.generate(prompt, **options), self._runner)
+        self._traces.append(generation)
+        return generation
 
 
 class _InChain:

@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from ndif_client.envoy import Envoy
-from ndif_client.errors import UnknownNameError, graph_error
+from ndif_client.errors import NoValueError, UnknownNameError, graph_error
 from ndif_client.outputs import HookTuple
 from ndif_client.proxy import Proxy
 from ndif_client.recorder import Recorder
@@ -64,6 +64,11 @@ class Cache(Mapping[str, Any]):
         if path not in self._modules:
             raise KeyError(f"{path!r} is not in this cache; in it are {list(self._modules)}")
         kind = "outputs" if self._wants["outputs"] else "inputs"
+        if path not in self._saved[kind]:
+            raise NoValueError(
+                "a cache is read at the end of the trace's block, and has values when that has "
+                "run; in the block, read the module itself"
+            )
         return _value(self._saved[kind][path])
 
     def __iter__(self) -> Iterator[str]:
@@ -123,8 +128,15 @@ def find_modules(model: Envoy, modules: Modules) -> dict[str, Envoy]:
         elif "*" in one or "?" in one or "[" in one:
             matching = {path: each for path, each in _called(model) if _matches(path, one)}
             if not matching:
+                matching = {each._path: each for each in _by_standard_names(model, one)}
+            if not matching:
                 raise graph_error(f"no module that is called matches {one!r}", UnknownNameError)
             found.update(matching)
+        elif not isinstance(one, str):
+            raise graph_error(
+                f"{type(one).__name__} is no module; of other values, give each to an attribute of "
+                "the trace, or .save() it"
+            )
         else:
             module = model[one] if one else model
             if not isinstance(module, Envoy):
@@ -138,6 +150,19 @@ def _called(module: Envoy) -> Iterator[tuple[str, Envoy]]:
         yield module._path, module
     for child in module._info.children:
         yield from _called(module._child(child))
+
+
+def _by_standard_names(model: Envoy, pattern: str) -> list[Envoy]:
+    """Return the modules that a pattern means by the names that mean the same everywhere."""
+    found = [model]
+    for step in pattern.split("."):
+        further: list[Envoy] = []
+        for module in found:
+            names = [name for name in module._children if fnmatchcase(name, step)]
+            standard = [name for name in module._info.aliases if fnmatchcase(name, step)]
+            further += [module[name] for name in names or standard]
+        found = further
+    return [module for module in found if module._info.hooks]
 
 
 def _matches(path: str, pattern: str) -> bool:

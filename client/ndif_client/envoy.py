@@ -151,6 +151,14 @@ class Envoy(Ports):
     def __bool__(self) -> bool:
         return True
 
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Envoy):
+            return NotImplemented
+        return self._info is other._info and self._call == other._call
+
+    def __hash__(self) -> int:
+        return hash((id(self._info), self._call))
+
     def _items(self) -> list[ModuleInfo]:
         if not self._info.children or not all(c.name.isdigit() for c in self._info.children):
             raise graph_error(

@@ -110,16 +110,17 @@ class Recording:
         *,
         inputs: bool = False,
         outputs: bool = True,
-        name: str = "cache",
+        name: str | None = None,
     ) -> Cache:
         """Save what many modules return, as it is at the end of the block.
 
         Args:
             modules: modules, their paths, or patterns such as "model.layers.*.mlp", or several of
-                them; by default the residual stream after each layer.
+                them, also by the names that mean the same everywhere ("layers.*.mlp"); by default
+                the residual stream after each layer.
             inputs: save what they are given, too (the first tensor of it).
             outputs: save what they return.
-            name: what the result calls it.
+            name: what the result calls it; by default "cache", and "cache_2" if that is taken.
 
         Returns:
             A mapping from module paths to values, when the trace has run.
@@ -132,6 +133,9 @@ class Recording:
         self._recorder.check_open()
         invoke = self._recorder.here("cache()")
         cache = Cache(self._session.model, modules, inputs=inputs, outputs=outputs)
+        if name is None:
+            number = len(self._caches) + 1
+            name = "cache" if number == 1 else f"cache_{number}"
         self._caches.append((cache, invoke, self._recorder.block, name))
         return cache
 

@@ -87,7 +87,7 @@ class Adapted:
 
             def add(module: Any, args: Any, output: Any, path: str = path) -> Any:
                 first, second = factors[path]
-                return output + args[0] @ first.mT @ second.mT * lora.scaling
+                return output + args[0] @ first.mT @ second.mT * lora.scaling(path)
 
             module = self._plain.model.get_submodule(path)
             stack.callback(module.register_forward_hook(add).remove)
