@@ -155,7 +155,8 @@ def encode(value: Any, recorder: Recorder) -> Argument:
         if value._fields is not None:
             offered = ", ".join(value._fields) or "its items"
             raise graph_error(f"this value is a tuple of tensors; use one of them ({offered})")
-        return Ref(node_of(value, recorder))
+        node = node_of(value, recorder)
+        return Ref(recorder.detached(node) if recorder.is_without_gradients() else node)
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, float):  # numpy's are floats too, and can't be sent

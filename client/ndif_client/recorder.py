@@ -6,6 +6,7 @@ The recorder knows nodes and their order in the forward; it knows nothing of Pyt
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -149,6 +150,8 @@ class Recorder:
         self.lines = Lines()
         self.guards = Guards()
         self._skips = Skips()
+        self._opened_with_gradients = False
+        self._detached: dict[tuple[int, int, Block], int] = {}
         self._nodes: list[Node] = []
         self._blocks: list[Block] = []
         self._steps_used: set[Steps] = {PREFILL}
@@ -177,6 +180,21 @@ class Recorder:
         self._failure = self.origin.failure = failure
 
     # ------------------------------------------------------------ life
+
+    def open(self) -> None:
+        """Note how it begins."""
+        self._opened_with_gradients = _gradients_are_on()
+
+    def is_without_gradients(self) -> bool:
+        """Whether a `torch.no_grad()` block was entered since it began."""
+        return self._opened_with_gradients and not _gradients_are_on()
+
+    def detached(self, node: int) -> int:
+        """Return a node's value without its gradient history, recorded here once."""
+        place = node, self.guards.now, self.block
+        if place not in self._detached:
+            self._detached[place] = self.add(Apply("detach", [Ref(node)]))
+        return self._detached[place]
 
     @contextmanager
     def recording(self, invoke: int | None) -> Iterator[None]:
@@ -640,6 +658,11 @@ class Recorder:
             other=self.source_of(read),
             hook=str(hook),
         )
+
+
+def _gradients_are_on() -> bool:
+    torch = sys.modules.get("torch")
+    return torch is None or bool(torch.is_grad_enabled())
 
 
 def current_recorder(what: str) -> Recorder:

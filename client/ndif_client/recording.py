@@ -245,6 +245,7 @@ class Recording:
                 f"a {self._noun} is recorded once; make another one", ClosedTraceError
             )
         self._opened = True
+        self._recorder.open()
         if self._recorder.invokes:
             self._play_edits(0)
         self._stack.enter_context(self._recorder.recording(0 if self._recorder.invokes else None))

@@ -491,3 +491,28 @@ def a_vector_is_moved_along_its_gradient_three_times(session: Session) -> Trace:
             vector = vector + RATE * vector.grad
         trace.vector, trace.losses = vector, losses
     return trace
+
+
+def _without_gradients(plain: Plain) -> Values:
+    def change(stream: torch.Tensor) -> torch.Tensor:
+        seen.append(stream.clone().requires_grad_())
+        with torch.no_grad():
+            constant = seen[0] * 0.5
+        return seen[0] + constant
+
+    seen: list[torch.Tensor] = []
+    logits = plain.run(EIFFEL, post=[(plain.layers[0], change)], grad=True)
+    return {"gradient": torch.autograd.grad(logits[0, -1, 7], seen[0])[0]}
+
+
+@program(_without_gradients)
+def a_part_of_what_is_written_is_made_without_gradients(session: Session) -> Trace:
+    model = session.model
+    with session.trace(EIFFEL) as trace:
+        stream = model.layers[0].resid
+        with torch.no_grad():
+            constant = stream * 0.5
+        model.layers[0].resid = stream + constant
+        model.unembed.output[0, -1, 7].backward()
+        trace.gradient = stream.grad
+    return trace
