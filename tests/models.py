@@ -72,6 +72,9 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
         bos_token_id=0,
         eos_token_id=1,
     ),
+    "gpt_neox": _config(
+        "GPTNeoXConfig", **_COMMON, num_attention_heads=4, intermediate_size=80, rotary_pct=0.5
+    ),
     "qwen3_moe": _config(
         "Qwen3MoeConfig",
         **_COMMON,

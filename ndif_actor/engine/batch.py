@@ -55,6 +55,10 @@ class Rows(Protocol):
         """Return first row and length of each sequence in the packed row, as it lies now."""
         ...
 
+    def now(self) -> Rows:
+        """Return the same rows as they lie now, also when the forward has gone on."""
+        ...
+
     def read(self, tensor: torch.Tensor | Squares, site: Site) -> torch.Tensor:
         """Return the rows as the user sees them, left-padded with zeros where lengths differ.
 
@@ -93,9 +97,9 @@ class Packing:
             for stage in stages
         ]
 
-    def block(self, strand: int) -> Block:
-        """Return where a strand lies now."""
-        return self._blocks[self.current][strand]
+    def block(self, strand: int, stage: int) -> Block:
+        """Return where a strand lies in a stage."""
+        return self._blocks[stage][strand]
 
 
 class Batch(msgspec.Struct, frozen=True, kw_only=True):
@@ -133,7 +137,13 @@ class PackedRows:
         self.totals = lengths if totals is None else totals
         self._packing = packing
         self._strands = strands
+        self._stage: int | None = None
         self._known: tuple[int, list[Block], bool] | None = None
+
+    def now(self) -> PackedRows:
+        still = PackedRows(self._packing, self._strands, self.lengths, self.totals)
+        still._stage = self._packing.current
+        return still
 
     def shape(self, site: Site) -> tuple[int, ...]:
         return site.shape_for(len(self.lengths), max(self.lengths), max(self.totals))
@@ -171,14 +181,15 @@ class PackedRows:
 
     def _place(self) -> tuple[list[Block], bool]:
         """Return the blocks now, and whether they are whole, equally long and end to end."""
-        if self._known is None or self._known[0] != self._packing.current:
-            blocks = [self._packing.block(strand) for strand in self._strands]
+        stage = self._packing.current if self._stage is None else self._stage
+        if self._known is None or self._known[0] != stage:
+            blocks = [self._packing.block(strand, stage) for strand in self._strands]
             length, start = self.lengths[0], blocks[0].start
             adjacent = all(
                 block.count == n == length and block.start == start + i * length
                 for i, (block, n) in enumerate(zip(blocks, self.lengths, strict=True))
             )
-            self._known = self._packing.current, blocks, adjacent
+            self._known = stage, blocks, adjacent
         return self._known[1], self._known[2]
 
     def _view(self, tensor: torch.Tensor, site: Site, start: int) -> torch.Tensor:
@@ -215,6 +226,9 @@ class PaddedRows:
         self.lengths = self.totals = lengths
         self._prompts = prompts
         self._longest = longest
+
+    def now(self) -> PaddedRows:
+        return self
 
     def shape(self, site: Site) -> tuple[int, ...]:
         return site.shape_for(len(self.lengths), max(self.lengths))
@@ -287,6 +301,9 @@ class EncoderDecoderRows:
         self.lengths = self.totals = encoder.lengths
         self._encoder = encoder
         self._decoder = decoder
+
+    def now(self) -> EncoderDecoderRows:
+        return self
 
     def shape(self, site: Site) -> tuple[int, ...]:
         return self._at(site).shape(site)

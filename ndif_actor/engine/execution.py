@@ -12,7 +12,7 @@ from ndif_actor.engine import ops, shapes
 from ndif_actor.engine.backward import BackwardPlan
 from ndif_actor.engine.batch import Rows, padding_mask
 from ndif_actor.engine.held import Holdings
-from ndif_actor.engine.hookpoints import MASK
+from ndif_actor.engine.hookpoints import MASK, Site
 from ndif_actor.engine.low_rank import LowRank
 from ndif_actor.engine.moments import Moment
 from ndif_actor.engine.program import BEFORE_FORWARD, Program
@@ -57,12 +57,30 @@ _MAX_LINE = 4096
 _FATAL = (torch.OutOfMemoryError, torch.AcceleratorError)
 
 
+class Flow(NamedTuple):
+    """A tensor of the model that holds the rows of a value, whose gradient is that of these."""
+
+    tensor: torch.Tensor
+    rows: Rows
+    site: Site
+
+    def part(self, gradient: torch.Tensor) -> torch.Tensor:
+        """Return the gradient of the value."""
+        return self.rows.read(gradient, self.site)
+
+    def with_part(self, gradient: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
+        """Return the gradient of the tensor, with another one of the value in it."""
+        changed = gradient.clone()
+        self.rows.write(changed, self.site, part)
+        return changed
+
+
 class Differentiated(NamedTuple):
     """A backward's loss, the gradient it begins with, if not 1, and the values it is for."""
 
     loss: torch.Tensor
     gradient: torch.Tensor | None
-    watched: list[torch.Tensor]
+    watched: list[torch.Tensor | Flow]
 
 
 class Execution:
@@ -104,6 +122,7 @@ class Execution:
         self._shapes: Mapping[int, Any] | None = None
         self._values: dict[int, Any] = {}
         self._gradients: dict[tuple[int, int], torch.Tensor] = {}
+        self._flows: dict[int, Flow] = {}
         self._decisions: dict[int, bool] = {}
         self._differentiated: tuple[torch.Tensor, torch.Tensor | None]
         self._rows: Sequence[Rows] = ()
@@ -198,9 +217,14 @@ class Execution:
     def _run(self, number: int, node: Node, moment: LiveMoment | None) -> Any:
         match node:
             case ReadHook():
-                mine = self._read(node, moment)
                 if number in self.plan.watched:
                     self._model.check_gradient(node.hook)
+                    flow = self._flow(node, moment)
+                    if flow is not None:
+                        self._flows[number] = flow
+                        return flow.part(flow.tensor).clone()
+                mine = self._read(node, moment)
+                if number in self.plan.watched:
                     # The model goes on with this very value, so that its gradient is the whole one.
                     mine = _watched(mine)
                     self._put(node, moment, mine)
@@ -287,6 +311,26 @@ class Execution:
         mine = self._model.whole(node.hook, rows.read(moment.tensor(node.hook.leaf), site))
         return mine.clone() if moment.is_written(node.hook.leaf) else mine
 
+    def _flow(self, node: ReadHook, moment: LiveMoment | None) -> Flow | None:
+        """Return the tensor that a value enters a module in, if others may use it as well."""
+        assert moment is not None
+        if node.hook.port != "input" or not self._model.is_whole(node.hook):
+            return None
+        tensor = moment.flowing(node.hook.leaf, id(self))
+        if not isinstance(tensor, torch.Tensor) or not tensor.requires_grad:
+            return None
+        return Flow(tensor, self._rows[node.invoke].now(), self.program.sites[node.hook])
+
+    def watched_inputs(self) -> list[int]:
+        """Return the orders of the moments at which it watches what enters a module."""
+        graph, sites = self.program.graph, self.program.sites
+        reads = (graph.nodes[number] for number in self.plan.watched)
+        return [
+            sites[node.hook].order
+            for node in reads
+            if isinstance(node, ReadHook) and node.hook.port == "input"
+        ]
+
     def _put(
         self, node: ReadHook | WriteHook, moment: LiveMoment | None, value: torch.Tensor
     ) -> None:
@@ -295,7 +339,7 @@ class Execution:
         site = self.program.sites[node.hook]
         rows = self._rows[node.invoke]
         whole = value.expand(rows.shape(site))
-        target = moment.writable(node.hook.leaf)
+        target = moment.writable(node.hook.leaf, id(self))
         rows.write(target, site, self._model.slice(node.hook, whole))
 
     def squares_at(self, path: str) -> set[tuple[int, int]]:
@@ -316,20 +360,25 @@ class Execution:
             KeyError: the program has failed.
         """
         self.run(backward.order, None)
-        watched = [self._values[number] for number, _ in backward.moments]
+        watched = [self._flows.get(n, self._values[n]) for n, _ in backward.moments]
         loss, gradient = self._differentiated
         return Differentiated(loss, gradient, watched)
 
     def take_gradient(
         self, backward: int, of: int, order: int, gradient: torch.Tensor
     ) -> torch.Tensor:
-        """Run the nodes that wait for the gradient of a value; return what it is after them."""
+        """Run the nodes that wait for the gradient of a value.
+
+        Returns:
+            what it is after them: `gradient` itself, if none has written it.
+        """
         key = backward, of
-        self._gradients[key] = gradient.detach()
+        known = self._gradients[key] = gradient.detach()
         # A later backward may be of something that is made of this gradient, as of a constant.
         with torch.set_grad_enabled(len(self.plan.backwards) > 1):
             self.run(order, None)
-        return self._gradients.pop(key, gradient)
+        found = self._gradients.pop(key, known)
+        return gradient if found is known else found
 
     def fail(self, number: int, message: str, other: int | None = None) -> None:
         """Fail for a reason found at a node; `other` is a second node that has to do with it."""
@@ -342,6 +391,7 @@ class Execution:
             other_source=None if other is None else graph.source_of(other),
         )
         self._values.clear()
+        self._flows.clear()
         self._gradients.clear()
 
     def miss(self, moment: Moment) -> None:

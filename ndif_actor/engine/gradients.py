@@ -8,13 +8,13 @@ one group fails that group alone.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
 from ndif_actor.engine import ops
 from ndif_actor.engine.backward import BackwardPlan
-from ndif_actor.engine.execution import Differentiated, Execution
+from ndif_actor.engine.execution import Differentiated, Execution, Flow
 from ndif_actor.errors import ReplicaLost
 
 
@@ -47,6 +47,8 @@ class _Turn:
         self._plan = plan
         #: what each moment has made of its gradient; one that has run does not run again
         self._known: dict[int, torch.Tensor] = {}
+        #: gradients that came before those of values made later, which the program looks at first
+        self._early: dict[int, torch.Tensor] = {}
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self.about: Differentiated
 
@@ -80,12 +82,25 @@ class _Turn:
 
     def listen(self) -> None:
         """Be called with the gradients of the watched values."""
-        for place, value in enumerate(self.about.watched):
+        for place, watched in enumerate(self.about.watched):
+            if isinstance(watched, Flow):
+                self._handles.append(watched.tensor.register_hook(self._flowing(place, watched)))
+            else:
 
-            def arrive(gradient: torch.Tensor, place: int = place) -> torch.Tensor | None:
-                return self._arrive(place, gradient)
+                def arrive(gradient: torch.Tensor, place: int = place) -> torch.Tensor | None:
+                    return self._arrive(place, gradient)
 
-            self._handles.append(value.register_hook(arrive))
+                self._handles.append(watched.register_hook(arrive))
+
+    def _flowing(self, place: int, flow: Flow) -> Callable[[torch.Tensor], torch.Tensor | None]:
+        def arrive(gradient: torch.Tensor) -> torch.Tensor | None:
+            part = flow.part(gradient)
+            changed = self._arrive(place, part)
+            if changed is None or changed is part:
+                return None
+            return flow.with_part(gradient, changed)
+
+        return arrive
 
     def ignore(self) -> None:
         """Be called no more."""
@@ -95,8 +110,13 @@ class _Turn:
 
     def finish(self) -> None:
         """Fail if a gradient that was asked for has not come."""
-        if self.execution.fault is None and len(self._known) < len(self._plan.moments):
-            self._fail_at(next(i for i in range(len(self._plan.moments)) if i not in self._known))
+        for place in range(len(self._plan.moments)):
+            if self.execution.fault is not None:
+                return
+            if place in self._early:
+                self._known[place] = self._take(place, self._early.pop(place))
+            elif place not in self._known:
+                self._fail_at(place)
 
     def fail(self, error: Exception) -> None:
         """Fail because of what autograd says."""
@@ -106,17 +126,29 @@ class _Turn:
     def _arrive(self, place: int, gradient: torch.Tensor) -> torch.Tensor | None:
         if self.execution.fault is not None:
             return None
-        if place not in self._known:
-            absent = next((i for i in range(place) if i not in self._known), None)
-            if absent is not None:
-                self._fail_at(absent)
-                return None
-            value, order = self._plan.moments[place]
-            changed = self.execution.take_gradient(self._plan.node, value, order, gradient)
-            if self.execution.fault is not None:
-                return None
-            self._known[place] = changed
-        return self._known[place]
+        if place in self._known:
+            return self._known[place]
+        absent = next((i for i in range(place) if i not in self._known), None)
+        if absent is not None:
+            return self._wait(place, absent, gradient)
+        changed = self._take(place, gradient)
+        if self.execution.fault is not None:
+            return None
+        self._known[place] = changed
+        return changed
+
+    def _wait(self, place: int, absent: int, gradient: torch.Tensor) -> torch.Tensor | None:
+        """Look at a gradient later: that of a value made after this one has not come yet."""
+        value, _ = self._plan.moments[place]
+        if self.execution.program.writes_gradient(self._plan.node, value):
+            self._fail_at(absent)
+            return None
+        self._early[place] = gradient
+        return gradient
+
+    def _take(self, place: int, gradient: torch.Tensor) -> torch.Tensor:
+        value, order = self._plan.moments[place]
+        return self.execution.take_gradient(self._plan.node, value, order, gradient)
 
     def _fail_at(self, place: int) -> None:
         value, _ = self._plan.moments[place]
@@ -169,7 +201,11 @@ def _differentiate(turns: Sequence[_Turn], *, listen: bool) -> None:
             turn.listen()
     torch.autograd.grad(
         [turn.about.loss for turn in turns],
-        [value for turn in turns for value in turn.about.watched],
+        [
+            watched.tensor if isinstance(watched, Flow) else watched
+            for turn in turns
+            for watched in turn.about.watched
+        ],
         [turn.begins_with for turn in turns],
         retain_graph=True,
         allow_unused=True,

@@ -15,11 +15,13 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from typing import Any
 
 import torch
+from torch.utils.hooks import RemovableHandle
 
 from ndif_actor.engine import leaves
 from ndif_actor.engine.execution import Execution
 from ndif_actor.engine.hookpoints import HookTable
 from ndif_actor.engine.internals import PORTS, Squares, listening
+from ndif_actor.engine.layers import Boundary
 from ndif_actor.engine.low_rank import LowRank, compute_together
 from ndif_actor.engine.moments import Moment
 from ndif_actor.engine.operations import Unoffered, watching
@@ -57,6 +59,7 @@ class Interleaver:
             at_least: order of the moment that the forward must reach, whatever the programs need.
         """
         self._model = model
+        self._layers = table.layers
         self._groups = groups
         self._orders = {
             moment: table.moments[moment] for group in groups for moment in group.plan.moments()
@@ -100,12 +103,46 @@ class Interleaver:
             for path in {moment.path for moment in self._missing}:
                 with suppress(Unoffered):  # those that wait for it are refused in the end
                     stack.enter_context(self._watch(path))
+            if self._differentiating:
+                self._begin_gradients(stack)
             for group in self._groups:
                 group.pause_hooks = self._pause
             with suppress(ForwardComplete):
                 yield
         if self._missing:
             self._refuse_missing()
+
+    def _begin_gradients(self, stack: ExitStack) -> None:
+        """Let autograd follow what flows through the layers from where somebody needs it to.
+
+        What enters a module is used by others, too. Its gradient is that of all of them, if it is
+        known to autograd when it enters: from the beginning of its layer on.
+        """
+        entered = {order for group in self._groups for order in group.watched_inputs()}
+        layers = self._layers
+        if not entered:
+            return
+        if layers is None:
+            embedding = self._model.get_input_embeddings()  # type: ignore[operator]
+            stack.callback(
+                embedding.register_forward_hook(lambda _, args, output: _followed(output)).remove
+            )
+            return
+        for region in {layers.region(order) for order in entered}:
+            if 0 <= region < layers.tail and region % 2 == 0:
+                stack.callback(self._follow(layers.boundaries[region]).remove)
+
+    def _follow(self, boundary: Boundary) -> RemovableHandle:
+        def before(_: Any, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+            if self._paused:
+                return None
+            entered = leaves.inputs(args, kwargs)
+            flow = leaves.get(entered, boundary.flow)
+            changed = leaves.replace(entered, boundary.flow, _followed(flow))
+            return changed["args"], changed["kwargs"]
+
+        module = self._model.get_submodule(boundary.path)
+        return module.register_forward_pre_hook(before, with_kwargs=True)
 
     def _watch(self, path: str) -> AbstractContextManager[None]:
         """Within the block, the operations of one module wake the programs."""
@@ -171,6 +208,11 @@ class Interleaver:
             self._paused = False
 
 
+def _followed(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor that autograd knows."""
+    return tensor if tensor.requires_grad else tensor.detach().requires_grad_()
+
+
 def _run_together(courses: Sequence[Iterator[LowRank | None]]) -> None:
     """Run the nodes of all groups at one moment; what several stop at is computed as one."""
     while courses:
@@ -208,14 +250,28 @@ class LiveMoment:
         self.structure = structure
         self.changed = False
         self._copied: set[str] = set()
+        self._entered = structure
+        self._writers: dict[str, set[int]] = {}
 
     def tensor(self, leaf: str) -> torch.Tensor | Squares:
         """Return the tensor at `leaf`, to be read."""
         found: torch.Tensor | Squares = leaves.get(self.structure, leaf)
         return found
 
-    def writable(self, leaf: str) -> torch.Tensor | Squares:
-        """Return the tensor at `leaf`, to be written in place."""
+    def flowing(self, leaf: str, group: int) -> torch.Tensor | Squares:
+        """Return the tensor at `leaf` that holds a group's rows and that the model itself holds.
+
+        It is the one that came, which other modules may use too, unless the group has written it.
+        """
+        written = group in self._writers.get(leaf, ())
+        found: torch.Tensor | Squares = leaves.get(
+            self.structure if written else self._entered, leaf
+        )
+        return found
+
+    def writable(self, leaf: str, group: int) -> torch.Tensor | Squares:
+        """Return the tensor at `leaf`, to be written in place by a group."""
+        self._writers.setdefault(leaf, set()).add(group)
         if leaf not in self._copied:
             self.structure = leaves.replace(self.structure, leaf, _copy(self.tensor(leaf)))
             self._copied.add(leaf)

@@ -181,7 +181,7 @@ class Generation:
             if not fed:
                 continue
             if self.sampling(number):
-                block = packing.block(strand)
+                block = packing.block(strand, packing.current)
                 last = len(fed) - 1
                 place = last if block.positions is None else block.positions.index(last)
                 found.append((number, block.start + place))

@@ -145,6 +145,13 @@ class Program:
             )
             raise RequestError(Fault(kind="limit", message=message))
 
+    def writes_gradient(self, backward: int, value: int) -> bool:
+        """Whether the gradient of a value is replaced in a backward."""
+        return any(
+            isinstance(node, WriteGradient) and (node.backward, node.of.node) == (backward, value)
+            for node in self.graph.nodes
+        )
+
     def first_steps(self) -> list[int]:
         """Return the steps at which something runs for the first time, the prefill always."""
         return sorted({0, *(steps.start for steps in self.blocks())})

@@ -51,6 +51,10 @@ class ShardedModel:
             return local
         return _together(lambda: self._group.gather(local, layout))
 
+    def is_whole(self, point: HookPoint) -> bool:
+        """Whether this rank has the full value itself."""
+        return point not in self._layouts
+
     def check_gradient(self, point: HookPoint) -> None:
         """Refuse a gradient that no rank has whole.
 
