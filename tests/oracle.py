@@ -205,6 +205,11 @@ AttentionInterface.register("written_out", _attention)
 AttentionMaskInterface.register("written_out", eager_mask)
 
 
+def _followed(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
+    """Have autograd follow what the model makes of its embeddings, as it does by default."""
+    return output if output.requires_grad else output.detach().requires_grad_()
+
+
 class _Run:
     """One forward, and the nodes that did not run yet.
 
@@ -233,6 +238,7 @@ class _Run:
         self.watched = {
             node.of.node for node in graph.nodes if isinstance(node, ReadGradient | WriteGradient)
         }
+        self.flows: dict[int, tuple[torch.Tensor, HookPoint, int]] = {}
         self.differentiates = graph.differentiates
         self.values: dict[int, Any] = {}
         self.saved: Saved = {}
@@ -268,6 +274,9 @@ class _Run:
                 stack.callback(module.register_forward_hook(self._hook(path)).remove)
                 if path in inside:
                     stack.enter_context(operations.watching(module, self._inside(path)))
+            if self.differentiates:
+                embedding = self.model.get_input_embeddings()  # type: ignore[operator]
+                stack.callback(embedding.register_forward_hook(_followed).remove)
             _running.append(self)
             stack.callback(_running.pop)
             cached = {} if cache is None else {"past_key_values": cache}
@@ -291,8 +300,11 @@ class _Run:
                     continue
                 here = leaves.get(structure, node.hook.leaf)
                 if isinstance(node, ReadHook):
+                    if number in self.watched and node.hook.port == "input" and here.requires_grad:
+                        # What enters a module is used by others, too: its gradient is of all.
+                        self.flows[number] = (here, node.hook, node.invoke)
                     self.values[number] = self._read(here, node.hook, node.invoke)
-                    if number in self.watched:
+                    if number in self.watched and number not in self.flows:
                         value = self._watch(number)
                         changed = self._written(here, node.hook, node.invoke, value)
                         structure = leaves.replace(structure, node.hook.leaf, changed)
@@ -314,8 +326,8 @@ class _Run:
                 continue
             del self.pending[number]
             handles = [
-                self.values[value].register_hook(self._gradient_hook(number, value))
-                for value in self.watched
+                self._hold(number, value)
+                for value in sorted(self.watched, reverse=True)
                 if self.values[value].requires_grad
             ]
             loss = self.values[node.loss.node]
@@ -323,6 +335,19 @@ class _Run:
             loss.backward(first, retain_graph=True)
             for handle in handles:
                 handle.remove()
+
+    def _hold(self, backward: int, value: int) -> Any:
+        hook = self._gradient_hook(backward, value)
+        if value not in self.flows:
+            return self.values[value].register_hook(hook)
+        flow, place, invoke = self.flows[value]
+
+        def of_rows(gradient: torch.Tensor) -> torch.Tensor:
+            mine = self._read(gradient, place, invoke)
+            changed = hook(mine)
+            return gradient if changed is mine else self._written(gradient, place, invoke, changed)
+
+        return flow.register_hook(of_rows)
 
     def _gradient_hook(self, backward: int, value: int) -> Any:
         def hook(gradient: torch.Tensor) -> torch.Tensor:

@@ -85,6 +85,15 @@ GPT2 = Landmarks(
 )
 
 
+GPT_NEOX = Landmarks(
+    "gpt_neox.layers.1",
+    "gpt_neox.layers.1.attention",
+    "gpt_neox.layers.1.attention.dense",
+    "gpt_neox.layers.1.mlp",
+    "gpt_neox.layers.2",
+    "gpt_neox.final_layer_norm",
+    "lm_head",
+)
 BERT = Landmarks(
     "bert.encoder.layer.1",
     "bert.encoder.layer.1.attention",
@@ -106,7 +115,13 @@ MODERNBERT = Landmarks(
     "model.final_norm",
     "decoder",
 )
-_LANDMARKS = {"gpt2": GPT2, "bert": BERT, "roberta": ROBERTA, "modernbert": MODERNBERT}
+_LANDMARKS = {
+    "gpt2": GPT2,
+    "gpt_neox": GPT_NEOX,
+    "bert": BERT,
+    "roberta": ROBERTA,
+    "modernbert": MODERNBERT,
+}
 
 
 def precision(family: str, *, padded: bool = True) -> tuple[torch.dtype, float]:

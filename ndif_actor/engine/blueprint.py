@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from ndif_actor.engine import adapter, shapes, tree
 from ndif_actor.engine.checks import graph_fault
 from ndif_actor.engine.explain import explain
+from ndif_actor.engine.flows import find_flows
 from ndif_actor.engine.hookpoints import HookTable, discover
 from ndif_actor.engine.internals import PORTS
 from ndif_actor.engine.keeping import specs_kept
@@ -198,6 +199,11 @@ class Blueprint:
         both = zip_longest(chain(*lengths), chain(*decoder_lengths), fillvalue=0)
         retained = self._bytes_for_backward(program, [max(sides) for sides in both])
         return msgspec.structs.replace(price, value_bytes=price.value_bytes + retained, kept=specs)
+
+    @cached_property
+    def flows(self) -> frozenset[HookPoint]:
+        """The inputs of modules whose gradient is that of all who use them."""
+        return find_flows(self.model, packed=self.table.unpackable is None)
 
     @cached_property
     def _retention(self) -> Retention:

@@ -144,7 +144,7 @@ class Engine:
                     model, blueprint.table.sites, layouts, group, blueprint.vocab_size, device
                 )
             cache = make_cache(seen.attended, model.dtype, device, cache_bytes, shards_here)
-        sharded = ShardedModel(model, group, layouts, partial, device)
+        sharded = ShardedModel(model, group, layouts, partial, device, lambda: blueprint.flows)
         return cls(sharded, blueprint, rank, unpackable, unpaddable, cache, withheld)
 
     # ------------------------------------------------------------ passes

@@ -314,7 +314,7 @@ class Execution:
     def _flow(self, node: ReadHook, moment: LiveMoment | None) -> Flow | None:
         """Return the tensor that a value enters a module in, if others may use it as well."""
         assert moment is not None
-        if node.hook.port != "input" or not self._model.is_whole(node.hook):
+        if node.hook.port != "input" or not self._model.flows(node.hook):
             return None
         tensor = moment.flowing(node.hook.leaf, id(self))
         if not isinstance(tensor, torch.Tensor) or not tensor.requires_grad:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils.hooks import RemovableHandle
@@ -72,6 +72,7 @@ class Interleaver:
         self._calls: Counter[tuple[str, Port, str]] = Counter()
         self._missing = {moment for moment in self._orders if moment.operation}
         self._paused = False
+        self._copies: dict[int, Copy] = {}
         self._differentiating = False
 
     @property
@@ -120,17 +121,15 @@ class Interleaver:
         """
         entered = {order for group in self._groups for order in group.watched_inputs()}
         layers = self._layers
-        if not entered:
-            return
-        if layers is None:
+        regions = {-1 if layers is None else layers.region(order) for order in entered}
+        if -1 in regions:
             embedding = self._model.get_input_embeddings()  # type: ignore[operator]
             stack.callback(
                 embedding.register_forward_hook(lambda _, args, output: _followed(output)).remove
             )
-            return
-        for region in {layers.region(order) for order in entered}:
-            if 0 <= region < layers.tail and region % 2 == 0:
-                stack.callback(self._follow(layers.boundaries[region]).remove)
+        for region in {region - region % 2 for region in regions if region >= 0}:
+            assert layers is not None
+            stack.callback(self._follow(layers.boundaries[region]).remove)
 
     def _follow(self, boundary: Boundary) -> RemovableHandle:
         def before(_: Any, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
@@ -190,7 +189,7 @@ class Interleaver:
         if order is None:
             return None
         self._missing.discard(moment)
-        here = LiveMoment(structure)
+        here = LiveMoment(structure, self._copies if self._differentiating else None)
         # The model computes rotary embeddings without gradients; what users compute there has them.
         with torch.set_grad_enabled(True) if self._differentiating else nullcontext():
             _run_together([group.course(order, here) for group in self._groups])
@@ -239,6 +238,14 @@ class _Ear:
         return value if changed is None else changed
 
 
+class Copy(NamedTuple):
+    """What the model goes on with in the place of a tensor, and the groups that wanted it so."""
+
+    made: torch.Tensor | Squares
+    original: torch.Tensor | Squares
+    writers: set[int]
+
+
 class LiveMoment:
     """The tensors at one moment of the running forward.
 
@@ -246,7 +253,8 @@ class LiveMoment:
     memory in the model (a residual stream, an identity dropout), don't see the write.
     """
 
-    def __init__(self, structure: Any) -> None:
+    def __init__(self, structure: Any, copies: dict[int, Copy] | None = None) -> None:
+        self._copies = {} if copies is None else copies
         self.structure = structure
         self.changed = False
         self._copied: set[str] = set()
@@ -267,13 +275,19 @@ class LiveMoment:
         found: torch.Tensor | Squares = leaves.get(
             self.structure if written else self._entered, leaf
         )
+        # Where others have written, or asked for a gradient, theirs is a copy.
+        while (copy := self._copies.get(id(found))) is not None and group not in copy.writers:
+            found = copy.original
         return found
 
     def writable(self, leaf: str, group: int) -> torch.Tensor | Squares:
         """Return the tensor at `leaf`, to be written in place by a group."""
         self._writers.setdefault(leaf, set()).add(group)
         if leaf not in self._copied:
-            self.structure = leaves.replace(self.structure, leaf, _copy(self.tensor(leaf)))
+            original = self.tensor(leaf)
+            made = _copy(original)
+            self._copies[id(made)] = Copy(made, original, self._writers[leaf])
+            self.structure = leaves.replace(self.structure, leaf, made)
             self._copied.add(leaf)
             self.changed = True
         return self.tensor(leaf)

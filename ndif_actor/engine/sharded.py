@@ -7,7 +7,7 @@ gathered on the way out and sliced on the way in. Every gather follows from the 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import nullcontext
 from typing import Any, TypeVar
 
@@ -33,12 +33,14 @@ class ShardedModel:
         layouts: Mapping[HookPoint, Sharded],
         partial: frozenset[HookPoint],
         device: torch.device,
+        flows: Callable[[], Collection[HookPoint]] = frozenset,
     ) -> None:
         self.model = model
         self.device = device
         self._group = group
         self._layouts = layouts
         self._partial = partial
+        self._flows = flows
 
     @property
     def is_sharded(self) -> bool:
@@ -51,9 +53,9 @@ class ShardedModel:
             return local
         return _together(lambda: self._group.gather(local, layout))
 
-    def is_whole(self, point: HookPoint) -> bool:
-        """Whether this rank has the full value itself."""
-        return point not in self._layouts
+    def flows(self, point: HookPoint) -> bool:
+        """Whether this rank has itself, and autograd follows, the tensor that enters a module."""
+        return point not in self._layouts and point in self._flows()
 
     def check_gradient(self, point: HookPoint) -> None:
         """Refuse a gradient that no rank has whole.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -60,6 +61,13 @@ class Program:
     def moments(self) -> set[Moment]:
         return {MOMENTS[order] for order in self.orders}
 
+    def watched_inputs(self) -> list[int]:
+        return []
+
+    def course(self, order: int, moment: LiveMoment | None) -> Iterator[None]:
+        self.run(order, moment)
+        yield from ()
+
     def run(self, order: int, moment: LiveMoment | None) -> None:
         if moment is None:
             self.woken.append((order, None))
@@ -67,7 +75,7 @@ class Program:
             leaf = next(leaf for leaf, _ in leaves.walk(moment.structure))
             self.woken.append((order, moment.tensor(leaf).clone()))
             if self.write is not None:
-                moment.writable(leaf).add_(self.write)
+                moment.writable(leaf, id(self)).add_(self.write)
 
 
 def forward(model: Twice, *programs: Program) -> torch.Tensor | None:
@@ -167,8 +175,8 @@ def test_a_write_leaves_the_memory_that_the_model_holds_alone() -> None:
     moment = LiveMoment({"args": (shared, shared), "kwargs": {}})
     before = moment.tensor("args.0")
 
-    moment.writable("args.0")[:] = 1
-    moment.writable("args.0")[:, 0] = 2
+    moment.writable("args.0", 1)[:] = 1
+    moment.writable("args.0", 1)[:, 0] = 2
 
     assert moment.changed
     assert before is shared and not shared.any()
@@ -181,7 +189,7 @@ def test_a_written_tensor_lies_in_memory_as_it_did_before() -> None:
     gate, _ = torch.arange(24.0).view(1, 4, 6).chunk(2, -1)
     moment = LiveMoment(gate)
 
-    written = moment.writable("")
+    written = moment.writable("", 1)
 
     assert written.stride() == gate.stride()
     assert torch.equal(written, gate)
@@ -190,7 +198,7 @@ def test_a_written_tensor_lies_in_memory_as_it_did_before() -> None:
 def test_an_expanded_tensor_has_all_its_elements_before_it_is_written() -> None:
     moment = LiveMoment(torch.zeros(1, 1).expand(3, 2))
 
-    moment.writable("")[0] = 1
+    moment.writable("", 1)[0] = 1
 
     assert moment.structure.tolist() == [[1, 1], [0, 0], [0, 0]]
 

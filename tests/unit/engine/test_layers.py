@@ -25,7 +25,8 @@ def test_every_layer_has_two_boundaries_and_the_tail_one(family: str) -> None:
     assert layers is not None
     assert (layers.num_layers, layers.tail) == (3, 6)
     found = [(boundary.path, boundary.port) for boundary in layers.boundaries]
-    wanted = [(f"model.layers.{k}", port) for k in range(3) for port in ("input", "output")]
+    path = landmarks(family).block.removesuffix(".1")
+    wanted = [(f"{path}.{k}", port) for k in range(3) for port in ("input", "output")]
     assert found == [*wanted, (landmarks(family).norm, "input")]
     assert all("args.0" in b.token_axes for b in layers.boundaries if b.port == "input")
 
