@@ -63,15 +63,16 @@ class Flow(NamedTuple):
     tensor: torch.Tensor
     rows: Rows
     site: Site
+    model: ShardedModel
 
-    def part(self, gradient: torch.Tensor) -> torch.Tensor:
-        """Return the gradient of the value."""
-        return self.rows.read(gradient, self.site)
+    def value(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return these rows of the tensor, or of its gradient, as the user sees them."""
+        return self.model.whole(self.site.point, self.rows.read(tensor, self.site))
 
-    def with_part(self, gradient: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
+    def with_value(self, gradient: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """Return the gradient of the tensor, with another one of the value in it."""
         changed = gradient.clone()
-        self.rows.write(changed, self.site, part)
+        self.rows.write(changed, self.site, self.model.slice(self.site.point, value))
         return changed
 
 
@@ -222,7 +223,7 @@ class Execution:
                     flow = self._flow(node, moment)
                     if flow is not None:
                         self._flows[number] = flow
-                        return flow.part(flow.tensor).clone()
+                        return flow.value(flow.tensor).clone()
                 mine = self._read(node, moment)
                 if number in self.plan.watched:
                     # The model goes on with this very value, so that its gradient is the whole one.
@@ -319,7 +320,8 @@ class Execution:
         tensor = moment.flowing(node.hook.leaf, id(self))
         if not isinstance(tensor, torch.Tensor) or not tensor.requires_grad:
             return None
-        return Flow(tensor, self._rows[node.invoke].now(), self.program.sites[node.hook])
+        rows = self._rows[node.invoke].now()
+        return Flow(tensor, rows, self.program.sites[node.hook], self._model)
 
     def watched_inputs(self) -> list[int]:
         """Return the orders of the moments at which it watches what enters a module."""

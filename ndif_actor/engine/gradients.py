@@ -94,11 +94,11 @@ class _Turn:
 
     def _flowing(self, place: int, flow: Flow) -> Callable[[torch.Tensor], torch.Tensor | None]:
         def arrive(gradient: torch.Tensor) -> torch.Tensor | None:
-            part = flow.part(gradient)
-            changed = self._arrive(place, part)
-            if changed is None or changed is part:
+            own = flow.value(gradient)
+            changed = self._arrive(place, own)
+            if changed is None or changed is own:
                 return None
-            return flow.with_part(gradient, changed)
+            return flow.with_value(gradient, changed)
 
         return arrive
 

@@ -93,6 +93,8 @@ class Interleaver:
         self._differentiating = torch.is_grad_enabled()
         inside: dict[torch.nn.Module, str] = {}
         with ExitStack() as stack:
+            if self._differentiating:
+                self._begin_gradients(stack)  # before anybody is woken there
             for path, port in self._ports:
                 module = self._model.get_submodule(path)
                 if port in PORTS:
@@ -104,8 +106,6 @@ class Interleaver:
             for path in {moment.path for moment in self._missing}:
                 with suppress(Unoffered):  # those that wait for it are refused in the end
                     stack.enter_context(self._watch(path))
-            if self._differentiating:
-                self._begin_gradients(stack)
             for group in self._groups:
                 group.pause_hooks = self._pause
             with suppress(ForwardComplete):

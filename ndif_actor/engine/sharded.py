@@ -54,8 +54,8 @@ class ShardedModel:
         return _together(lambda: self._group.gather(local, layout))
 
     def flows(self, point: HookPoint) -> bool:
-        """Whether this rank has itself, and autograd follows, the tensor that enters a module."""
-        return point not in self._layouts and point in self._flows()
+        """Whether autograd follows by itself the tensor that enters a module."""
+        return point in self._flows()
 
     def check_gradient(self, point: HookPoint) -> None:
         """Refuse a gradient that no rank has whole.
