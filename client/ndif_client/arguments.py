@@ -12,6 +12,7 @@ import numpy as np
 
 from ndif_client.errors import graph_error
 from ndif_client.recorder import Recorder, current_recorder
+from ndif_client.sources import capture
 from ndif_client.values import Delegate, Value, node_of
 from ndif_client.wire.catalogue import Op
 from ndif_client.wire.graph import (
@@ -332,6 +333,9 @@ def _encode_other(value: Any, recorder: Recorder) -> Argument:
         return encode(value.item(), recorder)
     if is_array(value):
         try:
+            if getattr(value, "requires_grad", False):
+                recorder.local_gradients.append(capture())
+                recorder.warn_of_local_gradients()
             return recorder.constant(value)
         except TypeError as error:
             raise graph_error(str(error)) from None

@@ -22,6 +22,7 @@ import msgspec
 
 from ndif_client.errors import NdifError, UnknownNameError, graph_error
 from ndif_client.held import Handle, Holder
+from ndif_client.operations import Operations
 from ndif_client.recorder import Recorder
 from ndif_client.sources import capture
 from ndif_client.steps import PREFILL_BLOCK, Block
@@ -266,6 +267,12 @@ def _infos(tree: ModelTree) -> dict[HookPoint, HookInfo]:
     def visit(module: ModuleInfo, path: str) -> None:
         for info in module.hooks:
             found[HookPoint(path, info.port, info.leaf, info.call)] = info
+        if module.forward is not None:
+            forward = tree.forwards[module.forward]
+            for operation in Operations(forward, path, module.first_order).all():
+                for info in operation._hook_infos:
+                    hook = HookPoint(path, info.port, info.leaf, info.call, info.operation)
+                    found[hook] = info
         for child in module.children:
             visit(child, f"{path}.{child.name}" if path else child.name)
 

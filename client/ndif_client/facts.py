@@ -14,7 +14,7 @@ from ndif_client.explanation import Explanation
 from ndif_client.loop_thread import LoopThread
 from ndif_client.submission import Submitter
 from ndif_client.transport import Transport
-from ndif_client.values import Hooked, Value, node_of
+from ndif_client.values import SAME, Hooked, Value, View, node_of
 from ndif_client.wire.graph import PREFILL, Invoke
 from ndif_client.wire.messages import TraceRequest, ValueInfo
 
@@ -63,6 +63,8 @@ class Facts:
         """
         node = node_of(value)
         _check_one_step(value)
+        while isinstance(value._origin, View) and value._origin.apply.op == SAME:
+            value = value._origin.parent
         place = value._origin if value._recorder.block_of(node).steps == PREFILL else None
         if isinstance(place, Hooked):
             sizes = self._sizes_of(place.invoke, value._recorder.invokes)

@@ -9,6 +9,7 @@ result = await session.generate(prompt)                             only its res
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from ndif_client.decoding import DecodingOptions, as_decoding
 from ndif_client.errors import ClosedTraceError, graph_error
 from ndif_client.progress import OnProgress, Progress
 from ndif_client.prompts import Messages, Prompt
+from ndif_client.recorder import Recorder
 from ndif_client.recording import TraceFunction
 from ndif_client.steps import PREFILL_BLOCK, Block, block_at
 from ndif_client.streaming import Token, TokenLog, TokenStream
@@ -47,6 +49,29 @@ class StepsIndex:
         """
         generation = self._generation
         return generation._during(block_at(index, generation._decoding.max_new_tokens))
+
+
+class _StepsBlock(AbstractContextManager[None]):
+    """What is written within the block is about some steps of a generation."""
+
+    def __init__(self, recorder: Recorder, block: Block) -> None:
+        self._recorder = recorder
+        self._block = block
+        self._during: AbstractContextManager[None] | None = None
+
+    def __enter__(self) -> None:
+        self._during = self._recorder.during(self._block)
+        self._during.__enter__()
+
+    def __exit__(self, *error: Any) -> bool | None:
+        assert self._during is not None
+        return self._during.__exit__(*error)
+
+    def __iter__(self) -> Iterator[None]:
+        raise graph_error(
+            "steps are no loop: what is written once under `with gen.all():` (or gen.steps[2:5]) "
+            "runs at each of them, on the server"
+        )
 
 
 class Generation(Trace):
@@ -123,7 +148,7 @@ class Generation(Trace):
         end_generation(condition, self._recorder)
 
     def _during(self, block: Block) -> AbstractContextManager[None]:
-        return self._recorder.during(block)
+        return _StepsBlock(self._recorder, block)
 
     def _check_saves(self, frame: FrameType | None) -> None:
         if not self._recorder.is_empty:  # else the tokens are what it is for

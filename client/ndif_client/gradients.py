@@ -8,7 +8,7 @@ from typing import Any, Self
 from ndif_client.arguments import encode_content
 from ndif_client.errors import GraphError, graph_error
 from ndif_client.recorder import Recorder
-from ndif_client.values import Gradient, Owned, Value, node_of
+from ndif_client.values import Gradient, Owned, Value, View, node_of
 from ndif_client.wire.catalogue import CATALOGUE
 from ndif_client.wire.graph import (
     PREFILL,
@@ -126,6 +126,14 @@ def _watched(value: Value) -> int:
             ".grad after it"
         )
     return recorder.first_read(node_of(value))
+
+
+def unused_part(value: Value) -> View | None:
+    """Return where a value lies in another one, if it was only looked at: `h[:, -1].grad`."""
+    view = value._origin
+    if not isinstance(view, View) or view.apply.op != "getitem":
+        return None
+    return None if value._recorder.is_used(value._node) else view
 
 
 def _check_trace(recorder: Recorder, what: str) -> None:

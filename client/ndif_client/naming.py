@@ -28,7 +28,7 @@ def save_structure(value: Any, recorder: Recorder, what: str) -> Layout:
         assert value._saved is not None
         return value._saved
     if isinstance(value, Mapping):
-        return {str(key): save_structure(item, recorder, what) for key, item in value.items()}
+        return {key: save_structure(item, recorder, what) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [save_structure(item, recorder, what) for item in value]
     raise graph_error(
@@ -42,8 +42,9 @@ def complete_names(recorder: Recorder, frame: FrameType | None) -> None:
     named = {number for layout in recorder.names.values() for number in leaves(layout)}
     nameless = [number for number in recorder.saves() if number not in named]
     if nameless and frame is not None:
+        unnamed = set(nameless)
         for name, layout in _held(recorder, frame.f_locals):
-            fits = all(number in nameless for number in leaves(layout))
+            fits = all(number in unnamed for number in leaves(layout))
             if fits and name not in recorder.names and name not in RESERVED_NAMES:
                 recorder.names[name] = layout
                 nameless = [number for number in nameless if number not in leaves(layout)]
@@ -80,6 +81,6 @@ def _layout(recorder: Recorder, value: Any) -> Layout | None:
         items = [_layout(recorder, item) for item in value]
         return None if None in items else items  # type: ignore[return-value]
     if type(value) is dict and value and isinstance(next(iter(value.values())), Proxy):
-        entries = {str(key): _layout(recorder, item) for key, item in value.items()}
+        entries = {key: _layout(recorder, item) for key, item in value.items()}
         return None if None in entries.values() else entries  # type: ignore[return-value]
     return None

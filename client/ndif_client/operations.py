@@ -102,6 +102,10 @@ class Operations:
                 )
             object.__setattr__(self, name, value)
 
+    def all(self) -> Iterator[Operation]:
+        """Yield every operation."""
+        return (self[name] for name in self._named)
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._named)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -95,6 +96,9 @@ def torch_function(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, An
     if own and in_place and hasattr(Proxy, name):
         changed: Proxy = getattr(args[0], name)(*args[1:], **kwargs)
         return changed
+    if function is getattr(sys.modules.get("torch.autograd"), "grad", None):
+        found: Any = _autograd_grad(*args, **kwargs)
+        return found  # type: ignore[no-any-return]
     op = _entry(name)
     if op is None:
         raise graph_error(
@@ -108,6 +112,24 @@ def torch_function(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, An
             raise _local_change()
         return change_op(op.name, args[0], args[1:], named)
     return apply_op(op.name, args, named)
+
+
+def _autograd_grad(
+    outputs: Any,
+    inputs: Any,
+    grad_outputs: Any = None,
+    retain_graph: bool | None = None,
+    create_graph: bool = False,
+    **_: Any,
+) -> Any:
+    """Record `torch.autograd.grad`: one backward, and the gradients of these values in it."""
+    losses = outputs if isinstance(outputs, tuple | list) else [outputs]
+    starts = grad_outputs if isinstance(grad_outputs, tuple | list) else [grad_outputs]
+    if len(losses) != 1:
+        raise graph_error("torch.autograd.grad: differentiate one value, or the sum of several")
+    several = isinstance(inputs, tuple | list)
+    with losses[0].backward(starts[0], retain_graph, create_graph):
+        return tuple(value.grad for value in (inputs if several else [inputs]))
 
 
 def _entry(name: str) -> Op | None:

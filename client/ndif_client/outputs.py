@@ -9,10 +9,10 @@ from ndif_client.arguments import encode_content
 from ndif_client.errors import UnknownNameError, graph_error
 from ndif_client.operators import operator_names
 from ndif_client.proxy import Proxy
-from ndif_client.recorder import current_recorder, recorded_place
+from ndif_client.recorder import Recorder, current_recorder, recorded_place
 from ndif_client.sources import capture
-from ndif_client.values import Delegate, Hooked, Value, node_of
-from ndif_client.wire.graph import HookPoint
+from ndif_client.values import SAME, Delegate, Hooked, Value, View, hooked_at, node_of
+from ndif_client.wire.graph import Apply, HookPoint
 from ndif_client.wire.messages import HookInfo
 
 if TYPE_CHECKING:
@@ -23,10 +23,26 @@ def read_hook(path: str, info: HookInfo) -> Proxy:
     """Record a read of a hook point."""
     hook = HookPoint(path, info.port, info.leaf, info.call, info.operation)
     recorder = current_recorder(str(hook))
-    number = recorder.read(hook, info)
     invoke = recorder.here(str(hook))
-    place = Hooked(hook, info, invoke, recorder.last_write(hook, invoke))
-    return Proxy(recorder, number, place)
+    place = hook, invoke, recorder.block.steps
+    known = recorder.seen.get(place)
+    if known is not None and _is_still(known, recorder, invoke):
+        recorder.check_read(hook)
+        # As in torch, it is the same tensor: who changes one sees it in the other.
+        return Proxy(recorder, known._node, View(known, Apply(SAME), known._version))
+    number = recorder.read(hook, info)
+    found = Proxy(recorder, number, Hooked(hook, info, invoke, recorder.last_write(hook, invoke)))
+    recorder.seen[place] = found
+    return found
+
+
+def _is_still(known: Value, recorder: Recorder, invoke: int) -> bool:
+    """Whether what was read at a hook point is what a read would give now."""
+    place = known._origin
+    if not isinstance(place, Hooked) or known._stale is not None:
+        return False
+    written = recorder.last_write(place.hook, invoke)
+    return written == place.last_write and recorder.is_made(known._node)
 
 
 def write_hook(path: str, info: HookInfo, value: Any) -> None:
@@ -39,7 +55,7 @@ def write_hook(path: str, info: HookInfo, value: Any) -> None:
     if isinstance(value, Value):
         if recorder.was_just_written(hook, invoke, node_of(value, recorder)):
             return  # `module.output += v` has written it already
-        if not isinstance(value._origin, Hooked) or value._origin.hook != hook:
+        if hooked_at(value) != hook:
             value._given = value._given or capture()
     recorder.write(hook, info, encode_content(value, recorder), invoke)
 

@@ -63,12 +63,36 @@ def as_ids(ids: Any) -> list[int]:
 def _several(prompt: Prompt) -> list[str | list[int]]:
     if isinstance(prompt, str):
         return [prompt]
+    if isinstance(prompt, Mapping):
+        return _unpadded(prompt)
     items = _items(prompt)
     if not items:
         raise graph_error("the prompt is empty; give a text or at least one token id")
     if all(_is_id(item) for item in items):
         return [_ids(items)]
     return [item if isinstance(item, str) else _ids(_items(item)) for item in items]
+
+
+def _unpadded(encoding: Mapping[str, Any]) -> list[str | list[int]]:
+    """Return the ids of what a tokenizer returns, without its padding."""
+    if "input_ids" not in encoding:
+        raise graph_error(
+            f"a prompt of several parts has input_ids, as tokenizers return it, not "
+            f"{', '.join(map(str, encoding))}"
+        )
+    rows = _several(encoding["input_ids"])
+    mask = encoding.get("attention_mask")
+    if mask is None:
+        return rows
+    masks = _items(mask)
+    if masks and _is_id(masks[0]):
+        masks = [masks]
+    if [len(row) for row in rows] != [len(own) for own in masks]:
+        raise graph_error("attention_mask has not the shape of input_ids")
+    return [
+        [token for token, kept in zip(row, own, strict=True) if kept]  # type: ignore[misc]
+        for row, own in zip(rows, masks, strict=True)
+    ]
 
 
 def _chats(messages: Any) -> list[Chat]:
@@ -108,6 +132,11 @@ def _items(prompt: Any) -> list[Any]:
         return listed
     if isinstance(prompt, list | tuple | range):
         return list(prompt)
+    if prompt is None:
+        raise graph_error(
+            "which prompt? every invoke has one of its own; what several invokes compute is joined "
+            "by ops.cat([...])"
+        )
     raise graph_error(
         f"a prompt is a text, a list of token ids, or a list of either, not {type(prompt).__name__}"
     )

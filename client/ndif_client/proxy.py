@@ -30,7 +30,13 @@ from ndif_client.errors import (
     graph_error,
 )
 from ndif_client.facts import facts_of
-from ndif_client.gradients import BackwardBlock, differentiate, read_gradient, write_gradient
+from ndif_client.gradients import (
+    BackwardBlock,
+    differentiate,
+    read_gradient,
+    unused_part,
+    write_gradient,
+)
 from ndif_client.method_types import MethodTypes
 from ndif_client.recorder import Recorder
 from ndif_client.values import (
@@ -172,7 +178,11 @@ class Proxy(Value, MethodTypes):
     # ------------------------------------------------------------ gradients
 
     def backward(
-        self, gradient: Any = None, retain_graph: bool | None = None, create_graph: bool = False
+        self,
+        gradient: Any = None,
+        retain_graph: bool | None = None,
+        create_graph: bool = False,
+        inputs: Any = None,
     ) -> BackwardBlock:
         """Differentiate this value; after that, `.grad` of a value is its gradient.
 
@@ -180,6 +190,7 @@ class Proxy(Value, MethodTypes):
             gradient: what to begin with, of this value's shape; without it the value is one number.
             retain_graph: means nothing here: a trace may have any number of backwards.
             create_graph: gradients of gradients are not offered.
+            inputs: means nothing here: whose gradients are found follows from whose are used.
 
         Returns:
             A block: inside of `with loss.backward():`, `.grad` means the gradients of this
@@ -197,13 +208,32 @@ class Proxy(Value, MethodTypes):
         """The gradient of this value in the last backward, of its shape and dtype.
 
         Assigning replaces it, and the gradients of what the value was made from follow from that.
+        Of a part that nothing was computed with, `h[:, -1]`, it is that part of the gradient.
         """
+        part = unused_part(self)
+        if part is not None:
+            whole = part.parent.grad  # type: ignore[attr-defined]
+            apply = Apply("getitem", [Ref(node_of(whole)), *part.apply.args[1:]])
+            view = View(whole, apply, whole._version)
+            return Proxy(self._recorder, self._recorder.add(apply), view)
         number, origin = read_gradient(self)
         return Proxy(self._recorder, number, origin)
 
     @grad.setter
     def grad(self, gradient: Any) -> None:
-        write_gradient(self, gradient)
+        if unused_part(self) is not None:
+            fill(self.grad, gradient)
+        else:
+            write_gradient(self, gradient)
+
+    @property
+    def requires_grad(self) -> bool:
+        """Whether it may have a gradient: any float may."""
+        return self.is_floating_point()
+
+    @requires_grad.setter
+    def requires_grad(self, requires_grad: bool) -> None:
+        """Do nothing, as `requires_grad_` does."""
 
     def requires_grad_(self, requires_grad: bool = True) -> Proxy:
         """Return the value itself: what has a gradient follows from whose `.grad` is used."""

@@ -7,6 +7,7 @@ The recorder knows nodes and their order in the forward; it knows nothing of Pyt
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -20,7 +21,7 @@ from ndif_client.errors import ClosedTraceError, LimitError, OrderError, graph_e
 from ndif_client.guards import Guards
 from ndif_client.results import RESERVED_NAMES, Layout, Result, leaves, paths
 from ndif_client.skips import Skips, is_lost
-from ndif_client.sources import Lines, capture
+from ndif_client.sources import Lines, capture, user_frame
 from ndif_client.steps import (
     AFTER_FORWARD,
     BEFORE_FORWARD,
@@ -138,12 +139,16 @@ class Recorder:
         #: who is told of the lines that a node writes
         self.logs: dict[int, Callable[[str], object]] = {}
         self.result: Result | None = None
+        #: what was read at a hook point, by invoke and steps
+        self.seen: dict[tuple[HookPoint, int, Steps], Any] = {}
         #: what is known about its values, where the server can be asked
         self.facts: Facts | None = None
         self._failure: BaseException | None = None
         self.closed_at: Source | None = None
         self.generates = generates
         self.backward: int | None = None
+        #: lines that use tensors of this machine which require gradients
+        self.local_gradients: list[Source] = []
         #: numbers of all of them
         self.backwards: list[int] = []
         self._opened_block: Source | None = None
@@ -230,6 +235,7 @@ class Recorder:
                 "be nested; end that one first",
                 other=self._opened_block,
             )
+        before = self._variables() if not block.steps.single else {}
         self._steps_used.add(block.steps)
         if len(self._steps_used) > MAX_STEP_BLOCKS:
             raise LimitError(
@@ -237,10 +243,48 @@ class Recorder:
                 "gen.all() or a slice, which save one value for each step"
             )
         self.block, self._opened_block = block, capture()
+        first = len(self._nodes)
         try:
             yield
+            self._check_carried(before, first)
         finally:
             self.block, self._opened_block = PREFILL_BLOCK, None
+
+    def _variables(self) -> dict[str, int]:
+        """Return the nodes that the user's variables stand for."""
+        frame = user_frame()
+        held = {} if frame is None else dict(frame.f_locals)
+        return {
+            name: value._node
+            for name, value in held.items()
+            if getattr(value, "_recorder", None) is self and hasattr(value, "_node")
+        }
+
+    def _check_carried(self, before: dict[str, int], first: int) -> None:
+        """Refuse a variable that is made of its own value before the block: `total = total + h`."""
+        for name, node in self._variables().items():
+            earlier = before.get(name)
+            if earlier is None or node < first or earlier not in self._made_from(node, first):
+                continue
+            raise graph_error(
+                f"{name!r} is made of its own value before this block: steps are recorded once, so "
+                "nothing is carried from step to step. Save what each step makes, and join that "
+                "afterwards; or give it another name, if it is to begin anew at every step",
+                OrderError,
+                source=self.source_of(node),
+            )
+
+    def _made_from(self, node: int, first: int) -> set[int]:
+        """Return what a node is made from, by way of nodes from `first` on."""
+        found, waiting = set(), [node]
+        while waiting:
+            number = waiting.pop()
+            for used in references(self._nodes[number]):
+                if used not in found:
+                    found.add(used)
+                    if used >= first:
+                        waiting.append(used)
+        return found
 
     @contextmanager
     def under(self, condition: int, *, negated: bool = False) -> Iterator[None]:
@@ -318,6 +362,8 @@ class Recorder:
         uses = references(node)
         for used in uses:
             self._check_made(used, node, under)
+            if self._opened_block is None and not isinstance(node, Save):
+                self._check_one_step(used)
             if not self._moments.exists(used, block.steps):
                 self._refuse_absent(used, block.steps)
         own: Moment = BEFORE_FORWARD if order is None else (order, number)
@@ -328,10 +374,18 @@ class Recorder:
         self.guards.of.append(under)
         return number
 
+    def is_made(self, node: int) -> bool:
+        """Whether a node's value exists wherever nodes are recorded for now."""
+        return self.guards.is_made(node, self.guards.now)
+
+    def check_read(self, hook: HookPoint) -> None:
+        """Refuse a read for the current invoke where it can't be; raises GraphError."""
+        self._skips.check(hook, self.here(str(hook)), self.block.steps)
+
     def read(self, hook: HookPoint, info: HookInfo) -> int:
         """Record a read for the current invoke and return the node's number."""
         invoke = self.here(str(hook))
-        self._skips.check(hook, invoke, self.block.steps)
+        self.check_read(hook)
         number = self.add(ReadHook(hook, invoke), info.order)
         seen = (hook, invoke, self.last_write(hook, invoke))
         if not self.guards.now:
@@ -402,7 +456,20 @@ class Recorder:
         start = None if gradient is None else Ref(gradient)
         self.backward = self.add(Backward(Ref(loss), start), AFTER_FORWARD)
         self.backwards.append(self.backward)
+        self.warn_of_local_gradients()
         return self.backward
+
+    def warn_of_local_gradients(self) -> None:
+        """Say that no gradient comes back to tensors of this machine that want one."""
+        if self.backwards and self.local_gradients:
+            first, self.local_gradients = self.local_gradients[0], []
+            warnings.warn(
+                "a tensor of this machine that requires a gradient is used in a trace with a "
+                "backward, where it is a constant: to train it, session.upload it and use the "
+                f"handle (ndif_client.optim); if it is none, give .detach()\n  at {first}",
+                UserWarning,
+                stacklevel=2,
+            )
 
     def read_gradient(self, of: int) -> int:
         """Record a read of a value's gradient and return the node's number."""
@@ -427,6 +494,12 @@ class Recorder:
             if isinstance(node, ReadHook) and overlap(block.steps, steps)
         ]
         return any(node.hook.port not in ("input", "output", "query", "result") for node in reads)
+
+    def is_used(self, node: int) -> bool:
+        """Whether anything was computed with a node's value."""
+        return any(
+            node in references(other) for other in self._nodes if not isinstance(other, Save | Log)
+        )
 
     def first_read(self, node: int) -> int:
         """Return the first read of what a read has seen: its gradient is the hook point's own."""
@@ -634,6 +707,17 @@ class Recorder:
             OrderError,
             other=self.source_of(used),
         )
+
+    def _check_one_step(self, used: int) -> None:
+        """Refuse a value of many steps outside of all blocks, where only the prefill is meant."""
+        own = self._blocks[used].steps
+        if not own.single and self.block == PREFILL_BLOCK:
+            raise graph_error(
+                f"a value of {own} is used outside of their block, at the prefill alone: compute "
+                "with it in the block, or save it and go on with the list of its values",
+                OrderError,
+                other=self.source_of(used),
+            )
 
     def _refuse_absent(self, node: int, steps: Steps) -> None:
         own = self._blocks[node].steps

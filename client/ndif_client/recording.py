@@ -26,6 +26,15 @@ if TYPE_CHECKING:
 TraceFunction = Callable[[Any], Any]
 
 
+#: What others call it, and what it is here.
+_ELSEWHERE = {
+    "stop": "a forward ends by itself after the last thing that is asked of it",
+    "iter": "use `with gen.all():` or `with gen.steps[2:5]:`, which is no loop",
+    "next": "use `with gen.steps[k]:`",
+    "barrier": "values cross between invokes by themselves",
+}
+
+
 class Recording:
     """An experiment that is recorded, once.
 
@@ -237,6 +246,8 @@ class Recording:
     def __getattr__(self, name: str) -> Any:
         if name in ("all", "prefill", "steps"):
             raise AttributeError(f"no {name!r}: a trace has one step; use session.generate(...)")
+        if name in _ELSEWHERE:
+            raise AttributeError(f"no {name!r}: {_ELSEWHERE[name]}")
         raise AttributeError(f"nothing was saved as {name!r} on this {self._noun}")
 
     def _open(self) -> None:

@@ -25,7 +25,7 @@ from ndif_client.wire.messages import (
 from ndif_client.wire.tensors import ArrayKind, TensorSpec, check_buffer, import_array
 
 #: What a name stands for: the number of a save, or a list or dict of such.
-Layout: TypeAlias = "int | list[Layout] | dict[str, Layout]"
+Layout: TypeAlias = "int | list[Layout] | dict[Any, Layout]"
 
 #: Completions that `repr` shows, and characters of each.
 _SHOWN = 4

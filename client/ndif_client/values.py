@@ -38,7 +38,11 @@ MAY_COPY = frozenset(("flatten", "reshape", "reshape_as"))
 
 
 #: Those whose result lies in memory as what they look at.
-_STAYS_DENSE = frozenset(("detach", "squeeze", "unflatten", "unsqueeze", "view", *MAY_COPY))
+_STAYS_DENSE = frozenset(("same", "detach", "squeeze", "unflatten", "unsqueeze", "view", *MAY_COPY))
+
+
+#: "Operation" of a view of all of a value, and of an inverse that is the child itself.
+SAME = "same"
 
 
 @dataclass(slots=True)
@@ -167,7 +171,10 @@ def node_of(value: Value, recorder: Recorder | None = None) -> int:
                 )
             # At the steps it was made for: those of the line that uses it now may be others.
             block = own.block_of(value._node)
-            replace_node(value, own.add(_with_input(origin.apply, parent), block=block))
+            if origin.apply.op == SAME:
+                replace_node(value, parent)
+            else:
+                replace_node(value, own.add(_with_input(origin.apply, parent), block=block))
             origin.seen = origin.parent._version
     return value._node
 
@@ -181,9 +188,16 @@ def is_dense(value: Value) -> bool:
     return True
 
 
+def hooked_at(value: Value) -> HookPoint | None:
+    """Return the hook point that a value was read at as a whole, if it was."""
+    while isinstance(value._origin, View) and value._origin.apply.op == SAME:
+        value = value._origin.parent
+    return value._origin.hook if isinstance(value._origin, Hooked) else None
+
+
 def known_dtype(value: Value) -> str | None:
     """Return the dtype of a value, if it is known here."""
-    while isinstance(value._origin, View) and value._origin.apply.op in VIEW_OPS:
+    while isinstance(value._origin, View) and value._origin.apply.op in (*VIEW_OPS, SAME):
         value = value._origin.parent
     return value._origin.info.dtype if isinstance(value._origin, Hooked) else None
 
@@ -302,9 +316,6 @@ def _check_changeable(value: Value) -> None:
 #: Stands in an inverse for the child's node, which is not known yet.
 _CHILD = Ref(0)
 
-#: "Operation" of an inverse that is the child itself.
-_SAME = "same"
-
 
 def _inverse(view: View) -> Apply | None:
     """Return how the parent follows from a changed view of it, or None if it doesn't."""
@@ -314,8 +325,8 @@ def _inverse(view: View) -> Apply | None:
         return None
     if op == "getitem":
         return Apply("setitem", [Ref(view.parent._node), args[0], _CHILD])
-    if op == "detach":
-        return Apply(_SAME, [_CHILD])
+    if op in ("detach", SAME):
+        return Apply(SAME, [_CHILD])
     if op in ("t", "transpose"):
         return Apply(op, [_CHILD, *args], named)
     if op == "movedim" and len(args) == 2:
@@ -344,6 +355,8 @@ def _inverse_order(dims: Argument) -> Items | None:
 
 def _shape_up_to_one(value: Value) -> Items | None:
     """Return a value's shape with -1 for at most one size that only the server knows."""
+    while isinstance(value._origin, View) and value._origin.apply.op == SAME:
+        value = value._origin.parent
     if not isinstance(value._origin, Hooked):
         return None
     place = value._origin
@@ -356,7 +369,7 @@ def _shape_up_to_one(value: Value) -> Items | None:
 
 def _record_inverse(inverse: Apply, child: Value) -> int:
     """Record the operation that makes the parent, with the child in its place."""
-    if inverse.op == _SAME:
+    if inverse.op == SAME:
         return child._node
     args = [Ref(child._node) if argument is _CHILD else argument for argument in inverse.args]
     return child._recorder.add(Apply(inverse.op, args, inverse.kwargs))

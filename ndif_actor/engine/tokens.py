@@ -72,6 +72,8 @@ class Tokenizer:
     def chat(self, chat: Chat) -> list[int]:
         """Return the ids of a conversation, up to where the model's next turn begins.
 
+        One that ends with the model's own turn ends there: nothing is asked of it.
+
         Raises:
             RequestError: the model has no chat template, or it refuses the conversation.
         """
@@ -80,7 +82,10 @@ class Tokenizer:
         messages = [{"role": turn.role, "content": turn.content} for turn in chat.messages]
         try:
             ids: list[int] = self._tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, tokenize=True, return_dict=False
+                messages,
+                add_generation_prompt=messages[-1]["role"] != "assistant",
+                tokenize=True,
+                return_dict=False,
             )
         except (TemplateError, ValueError, TypeError) as error:
             raise _refused(f"the model's chat template refuses this: {error}") from None

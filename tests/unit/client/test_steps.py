@@ -197,7 +197,8 @@ def test_a_value_of_many_steps_can_be_used_at_each_of_them(session: Session, mod
     with recording(session) as gen:
         with gen.all():
             each = model.model.norm.output
-        _ = each + 1
+        with pytest.raises(OrderError, match="outside of their block"):
+            _ = each + 1
         with gen.steps[2:8:2]:
             _ = each + 1
         with gen.steps[5]:

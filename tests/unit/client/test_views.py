@@ -40,7 +40,7 @@ def _check_as_torch(program: Program) -> None:
     with session.trace(PROMPTS) as trace:
         returned = program(session.model.model.layers[1].output)
         if returned is not None:
-            returned.save("returned")
+            returned.clone().save("returned")
         session.model.model.layers[1].output.save("after")
     got = evaluate(trace, {(HOOK, 0): _activations()})
 
@@ -244,6 +244,25 @@ def _writes_of(trace: Any) -> list[WriteHook]:
     return [node for node in finished_graph(trace).nodes if isinstance(node, WriteHook)]
 
 
+def test_two_reads_of_a_hook_point_are_one_tensor(session: Session, model: Any) -> None:
+    with session.trace(PROMPTS) as trace:
+        first, second = model.model.layers[1].output, model.model.layers[1].output
+        before = first.save()
+        first[:, 0] = 0
+        second[:, 1] += 1
+        (first * 1).save("first")
+        (second * 1).save("second")
+        (model.model.layers[1].output * 1).save("third")
+    assert before is first
+    got = evaluate(trace, {(HOOK, 0): _activations()})
+    real = _activations()
+    real[:, 0] = 0
+    real[:, 1] += 1
+    assert all(torch.equal(got.saved[name], real) for name in ("first", "second", "third"))
+    assert torch.equal(got.saved["before"], _activations())
+    assert torch.equal(got.hooks[HOOK, 0], real)
+
+
 def test_an_augmented_assignment_of_an_output_writes_once(session: Session, model: Any) -> None:
     with session.trace("x") as trace:
         model.model.layers[1].output += 1
@@ -332,7 +351,7 @@ def test_an_integer_hook_point_is_read_only(session: Session, model: Any) -> Non
 def test_a_change_that_would_undo_another_one_is_refused(session: Session, model: Any) -> None:
     with scratch(session):
         early = model.model.layers[1].output
-        model.model.layers[1].output[:, 0] = 0  # the other one
+        model.model.layers[1].output = early * 0  # the other one
         with pytest.raises(GraphError, match="would undo that") as refused:
             early[:, 1] = 0
         early.save()
