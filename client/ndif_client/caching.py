@@ -125,6 +125,11 @@ def find_modules(model: Envoy, modules: Modules) -> dict[str, Envoy]:
     for one in wanted:
         if isinstance(one, Envoy):
             found[one._path] = one
+        elif not isinstance(one, str):
+            raise graph_error(
+                f"{type(one).__name__} is no module; of other values, give each to an attribute of "
+                "the trace, or .save() it"
+            )
         elif "*" in one or "?" in one or "[" in one:
             matching = {path: each for path, each in _called(model) if _matches(path, one)}
             if not matching:
@@ -132,11 +137,6 @@ def find_modules(model: Envoy, modules: Modules) -> dict[str, Envoy]:
             if not matching:
                 raise graph_error(f"no module that is called matches {one!r}", UnknownNameError)
             found.update(matching)
-        elif not isinstance(one, str):
-            raise graph_error(
-                f"{type(one).__name__} is no module; of other values, give each to an attribute of "
-                "the trace, or .save() it"
-            )
         else:
             module = model[one] if one else model
             if not isinstance(module, Envoy):

@@ -49,6 +49,7 @@ from ndif_client.values import (
     View,
     change,
     is_dense,
+    is_turned,
     known_dtype,
     node_of,
 )
@@ -383,7 +384,11 @@ class Proxy(Value, MethodTypes):
         """Return the value; if it is changed in place, what it looks at may be meant or not."""
         if not isinstance(self._origin, View):
             return self
-        return self if is_dense(self) else _perhaps_a_view(self, Apply("clone", [_OWN]))
+        if is_dense(self):
+            return self
+        if is_turned(self):
+            return apply_op("clone", (self,), {})
+        return _perhaps_a_view(self, Apply("clone", [_OWN]))
 
     def where(self, condition: Any, other: Any) -> Proxy:
         """Return this value where `condition`, else `other`."""

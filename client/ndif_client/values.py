@@ -188,6 +188,15 @@ def is_dense(value: Value) -> bool:
     return True
 
 
+def is_turned(value: Value) -> bool:
+    """Whether a value looks at another one with its dimensions in another order."""
+    while isinstance(value._origin, View):
+        if value._origin.apply.op in ("movedim", "permute", "t", "transpose"):
+            return True
+        value = value._origin.parent
+    return False
+
+
 def hooked_at(value: Value) -> HookPoint | None:
     """Return the hook point that a value was read at as a whole, if it was."""
     while isinstance(value._origin, View) and value._origin.apply.op == SAME:
