@@ -6,7 +6,9 @@ from collections.abc import Sequence
 
 from ndif_client.wire.graph import (
     Apply,
+    Constant,
     Dots,
+    Dtype,
     Graph,
     HookPoint,
     Items,
@@ -15,7 +17,9 @@ from ndif_client.wire.graph import (
     Ref,
     Save,
     Slice,
+    WriteHook,
 )
+from ndif_client.wire.tensors import TensorSpec
 
 _LOGITS = HookPoint("lm_head", "output")
 
@@ -71,3 +75,40 @@ def arithmetic(points: Sequence[HookPoint], size: int) -> Graph:
     assert total is not None
     nodes += [Apply("neg", [total])] * (size - len(nodes) - 1)
     return Graph(nodes=[*nodes, Save(total)])
+
+
+def adapt(
+    places: Sequence[tuple[str, int, int]], rank: int, first_buffer: int, *, by_hand: bool
+) -> Graph:
+    """Return a graph that adds a low-rank adapter to linear modules and saves a logit.
+
+    Args:
+        places: the modules in the order they fire, with the sizes of what enters and leaves them.
+        rank: of the adapter; its factors are constants, two buffers for each module.
+        first_buffer: of them.
+        by_hand: write the products out, as operations of their own.
+    """
+    nodes: list[Node] = []
+
+    def add(node: Node) -> Ref:
+        nodes.append(node)
+        return Ref(len(nodes) - 1)
+
+    for number, (path, size_in, size_out) in enumerate(places):
+        buffer = first_buffer + 2 * number
+        down = add(Constant(TensorSpec("float32", (rank, size_in), buffer)))
+        up = add(Constant(TensorSpec("float32", (size_out, rank), buffer + 1)))
+        entered = add(ReadHook(HookPoint(path, "input", "args.0")))
+        output = HookPoint(path, "output")
+        if by_hand:
+            wide = add(Apply("to", [entered, Dtype("float32")]))
+            low = add(Apply("matmul", [wide, add(Apply("transpose", [down, 0, 1]))]))
+            update = add(Apply("matmul", [low, add(Apply("transpose", [up, 0, 1]))]))
+            own = add(ReadHook(output))
+            changed = add(Apply("type_as", [add(Apply("add", [own, update])), own]))
+        else:
+            changed = add(Apply("low_rank", [add(ReadHook(output)), entered, down, up]))
+        add(WriteHook(output, changed))
+    logits = add(ReadHook(_LOGITS))
+    add(Save(add(Apply("getitem", [logits, Items([Dots(), -1, 0])]))))
+    return Graph(nodes=nodes)

@@ -5,8 +5,12 @@ from __future__ import annotations
 import gc
 import os
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+from unittest import mock
+
+import numpy as np
 
 from bench.prompts import Request
 from ndif_client.wire.graph import HookPoint
@@ -68,7 +72,44 @@ class PackedModel:
         graph = touch([by_place[" ".join(place)] for place in places], save)
         return self._seconds(requests, [graph] * len(requests))
 
-    def _seconds(self, requests: list[Request], graphs: list[Any]) -> float:
+    def adapted(self, requests: list[Request], names: list[str], rank: int, how: str) -> float:
+        """Run all requests in one whole forward, each with an adapter; return its seconds.
+
+        Args:
+            requests: their layers don't matter.
+            names: the last part of the names of the linear modules that are adapted.
+            rank: of the adapters.
+            how: "none" of them has one; "as one" product for all; "one by one"; or "by hand", as
+                operations of their own.
+        """
+        from bench.graphs import adapt
+        from ndif_actor.engine import interleaver
+
+        linear = [
+            (path, module.in_features, module.out_features)
+            for path, module in self._engine._model.model.named_modules()
+            if path.rpartition(".")[2] in names
+        ]
+        places = [] if how == "none" else linear
+        own = len(places) * 2
+        graphs = [
+            adapt(places, rank, number * own, by_hand=how == "by hand")
+            for number in range(len(requests))
+        ]
+        memory = [
+            memoryview(np.full(rank * size, 1e-3, np.float32)).cast("B")
+            for _, *sizes in places
+            for size in sizes
+        ]
+        with ExitStack() as stack:
+            if how == "one by one":
+                nothing = mock.patch.object(interleaver, "compute_together", lambda asked: None)
+                stack.enter_context(nothing)
+            return self._seconds(requests, graphs, memory * len(requests))
+
+    def _seconds(
+        self, requests: list[Request], graphs: list[Any], buffers: list[memoryview] | None = None
+    ) -> float:
         from ndif_actor.messages import Group, RunPass
 
         groups = [
@@ -82,7 +123,7 @@ class PackedModel:
         ]
         began = time.perf_counter()
         message = RunPass(sequence=1, layout="packed", groups=groups)
-        results, _ = self._engine.run_pass(message, [], _memory)
+        results, _ = self._engine.run_pass(message, buffers or [], _memory)
         elapsed = time.perf_counter() - began
         faults = [result.fault for result in results if result.fault is not None]
         if faults:
