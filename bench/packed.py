@@ -97,7 +97,7 @@ class PackedModel:
             for number in range(len(requests))
         ]
         memory = [
-            memoryview(np.full(rank * size, 1e-3, np.float32)).cast("B")
+            memoryview(np.full(rank * size, 1e-3, np.float32).tobytes())
             for _, *sizes in places
             for size in sizes
         ]

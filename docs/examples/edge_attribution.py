@@ -24,8 +24,11 @@ with connect(sys.argv[1] if len(sys.argv) > 1 else "local:demo") as session:
             clean = {n: model.layers[n].mlp.output[0, -1].float() for n in LAYERS}
         with trace.invoke(CORRUPTED):
             corrupted = {n: model.layers[n].mlp.output[0, -1].float() for n in LAYERS}
-            # What enters an MLP is the normed residual stream; the edge ends before the norm.
-            ends = {n: model.layers[n].post_attention_layernorm.input for n in LAYERS}
+            # What enters an MLP is the normed residual stream; the edge ends before the norm. The
+            # norm reads a copy, whose gradient is its own: the stream also goes past it.
+            ends = {n: model.layers[n].post_attention_layernorm.input.clone() for n in LAYERS}
+            for n in LAYERS:
+                model.layers[n].post_attention_layernorm.input = ends[n]
             logits = model.unembed.output[0, -1].float()
             (logits[paris] - logits[rome]).backward()
         edges = {}
