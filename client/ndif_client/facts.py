@@ -7,11 +7,12 @@ milliseconds. What a hook point is follows from what was learnt about another of
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 from ndif_client.errors import ConnectError, ValueUnknownError, graph_error
 from ndif_client.explanation import Explanation
-from ndif_client.loop_thread import LoopThread
 from ndif_client.submission import Submitter
 from ndif_client.transport import Transport
 from ndif_client.values import SAME, Hooked, Value, View, node_of
@@ -19,26 +20,26 @@ from ndif_client.wire.graph import PREFILL, Invoke
 from ndif_client.wire.messages import TraceRequest, ValueInfo
 
 
-class Inquiry:
-    """Questions that are answered before the event loop goes on: over a connection of their own."""
+def explain_now(
+    transport: Transport, request: TraceRequest, buffers: Sequence[bytes]
+) -> Explanation:
+    """Return what a request would cost, before this thread's event loop goes on.
 
-    def __init__(self, transport: Transport) -> None:
-        self._transport = transport.twin()
-        self._thread: LoopThread | None = None
+    Raises:
+        NdifError: the server refuses it, or can't be reached.
+    """
 
-    def explain(self, request: TraceRequest, buffers: Sequence[bytes]) -> Explanation:
-        """Return what a request would cost; raises as `Submitter.explain` does."""
-        if self._thread is None:
-            self._thread = LoopThread()
-            self._thread.call(self._transport.open())
-        return self._thread.call(Submitter(self._transport).explain(request, buffers))
+    async def ask() -> Explanation:
+        twin = transport.twin()
+        await twin.open()
+        try:
+            return await Submitter(twin).explain(request, buffers)
+        finally:
+            await twin.close()
 
-    def close(self) -> None:
-        """Ask no more."""
-        if self._thread is not None:
-            self._thread.call(self._transport.close())
-            self._thread.stop()
-            self._thread = None
+    # A loop and a connection of their own: those of the session may be waiting for this very line.
+    with ThreadPoolExecutor(1, thread_name_prefix="ndif-client") as thread:
+        return thread.submit(asyncio.run, ask()).result()
 
 
 class Facts:

@@ -17,6 +17,7 @@ values.
 from __future__ import annotations
 
 import uuid
+import weakref
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from typing import Any
@@ -74,7 +75,7 @@ class Optimizer:
             for what in self._state_names
         }
         #: how many backwards of the open trace are forgotten, and what its gradients are scaled by
-        self._recorder: Recorder | None = None
+        self._recorder: weakref.ref[Recorder] | None = None
         self._forgotten = 0
         self._scale: Proxy | None = None
 
@@ -134,8 +135,9 @@ class Optimizer:
     def _open(self) -> Recorder:
         """Return the recorder of the open trace; what was forgotten in another one is over."""
         recorder = current_recorder("an optimiser")
-        if recorder is not self._recorder:
-            self._recorder, self._forgotten, self._scale = recorder, 0, None
+        if self._recorder is None or recorder is not self._recorder():
+            self._recorder = weakref.ref(recorder)
+            self._forgotten, self._scale = 0, None
         return recorder
 
     def _gradient(self, recorder: Recorder, parameter: Handle) -> Any:

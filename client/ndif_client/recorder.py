@@ -315,6 +315,9 @@ class Recorder:
     def close(self, at: Source) -> None:
         """Take no more nodes; `at` is the line that ended the trace."""
         self.closed_at = at
+        # These refer to it in turn, and it holds large results.
+        self.seen.clear()
+        self.facts = None
 
     def check_open(self) -> None:
         """Refuse to record after the end of the trace.

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 from ndif_client.envoy import Envoy
 from ndif_client.errors import NoValueError
 from ndif_client.explanation import Explanation
-from ndif_client.facts import Inquiry
 from ndif_client.generation import Generation
 from ndif_client.held import Handle, Holder, name_of
 from ndif_client.progress import OnProgress, Progress, ProgressDisplay
@@ -59,7 +58,6 @@ class Session:
         self._tidying: set[asyncio.Task[None]] = set()
         self._tensors: ArrayKind = tensors
         self._submitter = Submitter(transport)
-        self._inquiry = Inquiry(transport)
         self._display = ProgressDisplay()
         #: whether the connection belongs to another session
         self._shares = False
@@ -394,7 +392,6 @@ class Session:
         if self._shares:
             return
         self._display.close()
-        self._inquiry.close()
         tidying = list(self._tidying)
         for task in tidying:
             task.cancel()

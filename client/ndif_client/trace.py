@@ -22,10 +22,11 @@ from ndif_client.errors import (
     NdifError,
     NoValueError,
     TraceCancelledError,
+    ValueUnknownError,
     graph_error,
 )
 from ndif_client.explanation import Explanation
-from ndif_client.facts import Facts
+from ndif_client.facts import Facts, explain_now
 from ndif_client.held import earlier_requests
 from ndif_client.progress import OnProgress, Progress
 from ndif_client.prompts import Messages, Prompt, as_invoke
@@ -202,8 +203,18 @@ class Trace(Recording):
 
     def _ask(self) -> list[ValueInfo | None]:
         """Return what has been recorded so far is; the event loop stands still meanwhile."""
-        request = self._request()
-        return self._session._inquiry.explain(request, self._recorder.buffers).values
+        try:
+            request = self._request()
+            buffers = self._recorder.buffers
+            return explain_now(self._session._transport, request, buffers).values
+        except GraphError as error:
+            if not (self._waits_for_chain and self._recorder.used):
+                raise
+            # What an earlier trace of the chain keeps is not there before that has run.
+            raise graph_error(
+                f"nobody knows that yet, in a chain that has not begun: {error.message}",
+                ValueUnknownError,
+            ) from error
 
     async def scan(self) -> Scan:
         """Return the shapes and dtypes of everything recorded, without running it.

@@ -69,10 +69,8 @@ async def test_what_is_asked_twice_of_a_hook_point_is_answered_without_the_serve
     session: Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = []
-    explain = session._inquiry.explain
-    monkeypatch.setattr(
-        session._inquiry, "explain", lambda *args: (asked.append(1), explain(*args))[1]
-    )
+    twin = session._transport.twin
+    monkeypatch.setattr(session._transport, "twin", lambda: (asked.append(1), twin())[1])
     async with session.trace([5, 7, 9]) as trace:
         trace.h = session.model.layers[0].resid
         assert trace.h.shape == (1, 3, 48)
@@ -132,6 +130,25 @@ async def test_a_held_value_knows_its_shape(session: Session) -> None:
         trace.sums = [row.sum() for row in held]
         assert len(held) == 3
     assert [float(value) for value in trace.result.sums] == [48, 48, 48]
+
+
+async def test_in_a_chain_shapes_are_known_of_what_is_there(session: Session) -> None:
+    weight = await session.upload(np.ones((48, 3), np.float32), "weight")
+    async with session.chain() as chain:
+        for text in (TEXT, "Rome"):
+            with chain.trace(text) as trace:
+                h = session.model.layers[1].resid
+                trace.scaled = h / h.shape[-1]
+                trace.scores = h[:, -1] @ weight
+                assert trace.scores.shape == (1, 3)
+                (weight * 2).keep("weight")
+                trace.scores.sum(0).keep("sum")
+        with chain.trace() as trace:
+            total = session.held("sum") + 1
+            trace.total = total
+            with pytest.raises(errors.ValueUnknownError, match="chain that has not begun"):
+                total.shape  # noqa: B018
+    assert chain.results[-1].total.shape == (3,)
 
 
 async def test_shapes_can_be_asked_of_what_saves_nothing(session: Session) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import warnings
+import weakref
 from typing import Any
 
 import numpy as np
@@ -279,3 +280,18 @@ def test_a_trace_says_how_far_it_is(session: Session, model: Any) -> None:
     assert "recorded" in repr(trace)
     finished_graph(trace)
     assert "failed" in repr(trace)
+
+
+async def test_a_trace_goes_when_nobody_holds_it(session: Session, model: Any) -> None:
+    gc.disable()  # by counting references alone: its results may be large
+    try:
+        with session.trace("x") as trace:
+            hidden = model.model.layers[0].output
+            trace.h = hidden + model.model.layers[0].output
+        finished_graph(trace)
+        gone = weakref.ref(trace._recorder)
+        await trace.cancel()
+        del trace, hidden
+        assert gone() is None
+    finally:
+        gc.enable()
