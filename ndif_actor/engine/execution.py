@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
@@ -36,6 +37,7 @@ from ndif_client.wire.graph import (
     Save,
     WriteGradient,
     WriteHook,
+    references,
 )
 from ndif_client.wire.messages import Fault
 from ndif_client.wire.tensors import check_buffer, import_array
@@ -124,6 +126,10 @@ class Execution:
         self._values: dict[int, Any] = {}
         self._gradients: dict[tuple[int, int], torch.Tensor] = {}
         self._flows: dict[int, Flow] = {}
+        #: nodes that need gradients which have not come yet, though a later one has; while there
+        #: may be such, no value is dropped
+        self._waiting: list[int] = []
+        self._hoards = False
         self._decisions: dict[int, bool] = {}
         self._differentiated: tuple[torch.Tensor, torch.Tensor | None]
         self._rows: Sequence[Rows] = ()
@@ -166,8 +172,13 @@ class Execution:
 
         Where the others stop is the same on all shards: a group that has failed stops too.
         """
+        return self._course(self.plan.nodes.get(order, ()), moment)
+
+    def _course(
+        self, numbers: Iterable[int], moment: LiveMoment | None
+    ) -> Iterator[LowRank | None]:
         made: list[int] = []
-        for number in self.plan.nodes.get(order, ()):
+        for number in numbers:
             node = self.program.graph.nodes[number]
             if self.fault is not None:
                 self._keep_in_step(number, node, moment)
@@ -212,6 +223,8 @@ class Execution:
 
     def _bury(self, number: int) -> None:
         """Drop the values that a node was the last to need."""
+        if self._hoards:
+            return
         for dead in self.plan.dies.get(number, ()):
             self._values.pop(dead, None)
 
@@ -317,7 +330,7 @@ class Execution:
         assert moment is not None
         if node.hook.port != "input" or not self._model.flows(node.hook):
             return None
-        tensor = moment.flowing(node.hook.leaf, id(self))
+        tensor = moment.flowing(node.hook.leaf, (id(self), node.invoke))
         if not isinstance(tensor, torch.Tensor) or not tensor.requires_grad:
             return None
         rows = self._rows[node.invoke].now()
@@ -341,7 +354,7 @@ class Execution:
         site = self.program.sites[node.hook]
         rows = self._rows[node.invoke]
         whole = value.expand(rows.shape(site))
-        target = moment.writable(node.hook.leaf, id(self))
+        target = moment.writable(node.hook.leaf, (id(self), node.invoke))
         rows.write(target, site, self._model.slice(node.hook, whole))
 
     def squares_at(self, path: str) -> set[tuple[int, int]]:
@@ -367,9 +380,14 @@ class Execution:
         return Differentiated(loss, gradient, watched)
 
     def take_gradient(
-        self, backward: int, of: int, order: int, gradient: torch.Tensor
+        self, backward: int, of: int, order: int, gradient: torch.Tensor, *, early: bool = False
     ) -> torch.Tensor:
         """Run the nodes that wait for the gradient of a value.
+
+        Args:
+            backward, of, order: which one it is, and when it was to be known.
+            gradient: itself.
+            early: whether others were to be known before; what needs those as well has to wait.
 
         Returns:
             what it is after them: `gradient` itself, if none has written it.
@@ -378,9 +396,34 @@ class Execution:
         known = self._gradients[key] = gradient.detach()
         # A later backward may be of something that is made of this gradient, as of a constant.
         with torch.set_grad_enabled(len(self.plan.backwards) > 1):
-            self.run(order, None)
+            self._hoards |= early
+            waiting, self._waiting = self._waiting, []
+            own = self.plan.nodes.get(order, ())
+            for number in sorted([*waiting, *own]):
+                if (early or number in waiting) and not self._has_all_for(number):
+                    self._waiting.append(number)
+                else:
+                    deque(self._course([number], None), maxlen=0)
         found = self._gradients.pop(key, known)
         return gradient if found is known else found
+
+    def finish_gradients(self) -> None:
+        """Run what still waits, after a backward in which all gradients have come."""
+        waiting, self._waiting = self._waiting, []
+        deque(self._course(waiting, None), maxlen=0)
+
+    def _has_all_for(self, number: int) -> bool:
+        """Whether what a node uses is there, if the node is to run at all."""
+        if self.fault is not None or not self._holds(number):
+            return True
+        node = self.program.graph.nodes[number]
+        uses: Iterable[int] = references(node)
+        if isinstance(node, Choose):
+            if node.condition.node not in self._decisions:
+                return False
+            chosen = self._decisions[node.condition.node]
+            uses = [(node.then if chosen else node.otherwise).node]
+        return all(used in self._values for used in uses)
 
     def fail(self, number: int, message: str, other: int | None = None) -> None:
         """Fail for a reason found at a node; `other` is a second node that has to do with it."""

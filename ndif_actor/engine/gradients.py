@@ -117,6 +117,7 @@ class _Turn:
                 self._known[place] = self._take(place, self._early.pop(place))
             elif place not in self._known:
                 self._fail_at(place)
+        self.execution.finish_gradients()
 
     def fail(self, error: Exception) -> None:
         """Fail because of what autograd says."""
@@ -130,25 +131,19 @@ class _Turn:
             return self._known[place]
         absent = next((i for i in range(place) if i not in self._known), None)
         if absent is not None:
-            return self._wait(place, absent, gradient)
-        changed = self._take(place, gradient)
+            value, _ = self._plan.moments[place]
+            if not self.execution.program.writes_gradient(self._plan.node, value):
+                self._early[place] = gradient
+                return gradient
+        changed = self._take(place, gradient, early=absent is not None)
         if self.execution.fault is not None:
             return None
         self._known[place] = changed
         return changed
 
-    def _wait(self, place: int, absent: int, gradient: torch.Tensor) -> torch.Tensor | None:
-        """Look at a gradient later: that of a value made after this one has not come yet."""
-        value, _ = self._plan.moments[place]
-        if self.execution.program.writes_gradient(self._plan.node, value):
-            self._fail_at(absent)
-            return None
-        self._early[place] = gradient
-        return gradient
-
-    def _take(self, place: int, gradient: torch.Tensor) -> torch.Tensor:
+    def _take(self, place: int, gradient: torch.Tensor, *, early: bool = False) -> torch.Tensor:
         value, order = self._plan.moments[place]
-        return self.execution.take_gradient(self._plan.node, value, order, gradient)
+        return self.execution.take_gradient(self._plan.node, value, order, gradient, early=early)
 
     def _fail_at(self, place: int) -> None:
         value, _ = self._plan.moments[place]

@@ -238,12 +238,16 @@ class _Ear:
         return value if changed is None else changed
 
 
+#: Whose some rows are: an execution, by its `id`, and the number of its invoke.
+Owner = tuple[int, int]
+
+
 class Copy(NamedTuple):
-    """What the model goes on with in the place of a tensor, and the groups that wanted it so."""
+    """What the model goes on with in the place of a tensor, and whose rows differ in it."""
 
     made: torch.Tensor | Squares
     original: torch.Tensor | Squares
-    writers: set[int]
+    writers: set[Owner]
 
 
 class LiveMoment:
@@ -259,30 +263,30 @@ class LiveMoment:
         self.changed = False
         self._copied: set[str] = set()
         self._entered = structure
-        self._writers: dict[str, set[int]] = {}
+        self._writers: dict[str, set[Owner]] = {}
 
     def tensor(self, leaf: str) -> torch.Tensor | Squares:
         """Return the tensor at `leaf`, to be read."""
         found: torch.Tensor | Squares = leaves.get(self.structure, leaf)
         return found
 
-    def flowing(self, leaf: str, group: int) -> torch.Tensor | Squares:
-        """Return the tensor at `leaf` that holds a group's rows and that the model itself holds.
+    def flowing(self, leaf: str, owner: Owner) -> torch.Tensor | Squares | None:
+        """Return the tensor that has come to `leaf`, which other modules may use too.
 
-        It is the one that came, which other modules may use too, unless the group has written it.
+        None if the owner of the rows that are meant has written them here: what the module gets
+        is nobody else's then.
         """
-        written = group in self._writers.get(leaf, ())
-        found: torch.Tensor | Squares = leaves.get(
-            self.structure if written else self._entered, leaf
-        )
-        # Where others have written, or asked for a gradient, theirs is a copy.
-        while (copy := self._copies.get(id(found))) is not None and group not in copy.writers:
+        if owner in self._writers.get(leaf, ()):
+            return None
+        found: torch.Tensor | Squares = leaves.get(self._entered, leaf)
+        # Where others have written before, or asked for a gradient, theirs is a copy.
+        while (copy := self._copies.get(id(found))) is not None and owner not in copy.writers:
             found = copy.original
         return found
 
-    def writable(self, leaf: str, group: int) -> torch.Tensor | Squares:
-        """Return the tensor at `leaf`, to be written in place by a group."""
-        self._writers.setdefault(leaf, set()).add(group)
+    def writable(self, leaf: str, owner: Owner) -> torch.Tensor | Squares:
+        """Return the tensor at `leaf`, in which the owner of some rows is to write these."""
+        self._writers.setdefault(leaf, set()).add(owner)
         if leaf not in self._copied:
             original = self.tensor(leaf)
             made = _copy(original)

@@ -75,7 +75,7 @@ class Program:
             leaf = next(leaf for leaf, _ in leaves.walk(moment.structure))
             self.woken.append((order, moment.tensor(leaf).clone()))
             if self.write is not None:
-                moment.writable(leaf, id(self)).add_(self.write)
+                moment.writable(leaf, (id(self), 0)).add_(self.write)
 
 
 def forward(model: Twice, *programs: Program) -> torch.Tensor | None:
@@ -175,8 +175,8 @@ def test_a_write_leaves_the_memory_that_the_model_holds_alone() -> None:
     moment = LiveMoment({"args": (shared, shared), "kwargs": {}})
     before = moment.tensor("args.0")
 
-    moment.writable("args.0", 1)[:] = 1
-    moment.writable("args.0", 1)[:, 0] = 2
+    moment.writable("args.0", (1, 0))[:] = 1
+    moment.writable("args.0", (1, 0))[:, 0] = 2
 
     assert moment.changed
     assert before is shared and not shared.any()
@@ -189,7 +189,7 @@ def test_a_written_tensor_lies_in_memory_as_it_did_before() -> None:
     gate, _ = torch.arange(24.0).view(1, 4, 6).chunk(2, -1)
     moment = LiveMoment(gate)
 
-    written = moment.writable("", 1)
+    written = moment.writable("", (1, 0))
 
     assert written.stride() == gate.stride()
     assert torch.equal(written, gate)
@@ -198,7 +198,7 @@ def test_a_written_tensor_lies_in_memory_as_it_did_before() -> None:
 def test_an_expanded_tensor_has_all_its_elements_before_it_is_written() -> None:
     moment = LiveMoment(torch.zeros(1, 1).expand(3, 2))
 
-    moment.writable("", 1)[0] = 1
+    moment.writable("", (1, 0))[0] = 1
 
     assert moment.structure.tolist() == [[1, 1], [0, 0], [0, 0]]
 
