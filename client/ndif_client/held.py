@@ -25,6 +25,9 @@ from ndif_client.wire.graph import MAX_HELD_NAME
 from ndif_client.wire.messages import DropRequest, HeldSpec, HeldValues
 from ndif_client.wire.tensors import TensorSpec
 
+#: Names of which it is looked up, now and then, whether who keeps them is still on its way.
+_MANY_KEEPERS = 4096
+
 
 class Holder:
     """What one session holds on the server, as far as it is known here.
@@ -92,6 +95,8 @@ class Holder:
 
     def note_keeper(self, names: Iterable[str], origin: Origin) -> None:
         """Remember that a request is on its way that keeps something as each of these names."""
+        if len(self._keepers) > _MANY_KEEPERS:
+            self._keepers = {n: o for n, o in self._keepers.items() if not o.is_over}
         for name in names:
             self._keepers[name] = origin
 
@@ -102,7 +107,7 @@ class Holder:
             origin = self._keepers.get(name)
             if origin is None:
                 continue
-            if origin.has_ended or origin.failure is not None:
+            if origin.is_over:
                 del self._keepers[name]
             else:
                 found.append(origin.request)

@@ -6,9 +6,7 @@ Operators and the catalogue's methods are put on the class by `operators`.
 from __future__ import annotations
 
 import difflib
-import math
 import re
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +37,7 @@ from ndif_client.gradients import (
 )
 from ndif_client.method_types import MethodTypes
 from ndif_client.recorder import Recorder
+from ndif_client.sized import ASKED, Sized
 from ndif_client.values import (
     MAY_COPY,
     VIEW_OPS,
@@ -93,14 +92,11 @@ _ELSEWHERE = {
 }
 
 
-#: Properties that the server is asked for.
-_ASKED = frozenset(("dtype", "ndim", "shape"))
-
 #: Stands for the node of the value that a view is made of.
 _OWN = Ref(0)
 
 
-class Proxy(Value, MethodTypes):
+class Proxy(Sized, MethodTypes):
     """A value of the model, or computed from one, that exists on the server when the trace runs."""
 
     __slots__ = ("_saved",)
@@ -291,60 +287,6 @@ class Proxy(Value, MethodTypes):
             raise TypeError("len() of a value of one number")
         return int(shape[0])
 
-    # ------------------------------------------------------------ what only the server knows
-
-    @property
-    def shape(self) -> Any:
-        """Its shape, for which the server is asked: a torch.Size, or a tuple without torch.
-
-        Raises:
-            ValueUnknownError: it is not the same at all of its steps, or nobody can be asked.
-            NdifError: what has been recorded so far can never run.
-        """
-        info = facts_of(self)
-        if info.items is not None:
-            raise graph_error(
-                f"this value is a tuple of {len(info.items)} tensors; use one of them"
-            )
-        torch = sys.modules.get("torch")
-        return tuple(info.shape) if torch is None else torch.Size(info.shape)
-
-    @property
-    def dtype(self) -> Any:
-        """Its dtype: torch's, or its name without torch; raises as `shape` does."""
-        name = known_dtype(self) or facts_of(self).dtype
-        torch = sys.modules.get("torch")
-        return name if torch is None else getattr(torch, name)
-
-    @property
-    def device(self) -> Any:
-        """The CPU: tensors made here can be used with it, wherever it is computed."""
-        torch = sys.modules.get("torch")
-        return "cpu" if torch is None else torch.device("cpu")
-
-    @property
-    def ndim(self) -> int:
-        """How many dimensions it has."""
-        return len(self.shape)
-
-    def dim(self) -> int:
-        """Return how many dimensions it has."""
-        return len(self.shape)
-
-    def size(self, dim: int | None = None) -> Any:
-        """Return its shape, or the size of one dimension."""
-        return self.shape if dim is None else self.shape[dim]
-
-    def numel(self) -> int:
-        """Return how many elements it has."""
-        return math.prod(self.shape)
-
-    nelement = numel
-
-    def is_floating_point(self) -> bool:
-        """Return whether it holds floats."""
-        return (known_dtype(self) or facts_of(self).dtype).startswith(("float", "bfloat"))
-
     @property
     def data(self) -> Proxy:
         """The value without its gradient history."""
@@ -411,8 +353,8 @@ class Proxy(Value, MethodTypes):
         def __getattr__(self, name: str) -> Any:
             if name.startswith("_"):
                 raise AttributeError(name)
-            if name in _ASKED:  # a refusal of the property is an AttributeError, and led here
-                return vars(Proxy)[name].__get__(self)
+            if name in ASKED:  # a refusal of the property is an AttributeError, and led here
+                return vars(Sized)[name].__get__(self)
             if self._fields and name in self._fields:
                 return self._item(self._fields.index(name))
             raise _no_attribute(self, name)

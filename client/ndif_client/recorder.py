@@ -7,23 +7,23 @@ The recorder knows nodes and their order in the forward; it knows nothing of Pyt
 from __future__ import annotations
 
 import sys
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import msgspec
 from msgspec.structs import replace
 
+from ndif_client.brought import Brought
+from ndif_client.carrying import check_carried, variables
+from ndif_client.differentiated import Differentiated
 from ndif_client.errors import ClosedTraceError, LimitError, OrderError, graph_error
 from ndif_client.guards import Guards
 from ndif_client.results import RESERVED_NAMES, Layout, Result, leaves, paths
 from ndif_client.skips import Skips, is_lost
-from ndif_client.sources import Lines, capture, user_frame
+from ndif_client.sources import Lines, capture
 from ndif_client.steps import (
-    AFTER_FORWARD,
     BEFORE_FORWARD,
     PREFILL_BLOCK,
     Block,
@@ -31,14 +31,12 @@ from ndif_client.steps import (
     Moments,
     overlap,
 )
-from ndif_client.wire.frames import FrameLimits
 from ndif_client.wire.graph import (
     MAX_NODES,
     MAX_STEP_BLOCKS,
     PREFILL,
     Apply,
     Argument,
-    Backward,
     Choose,
     Constant,
     EndGeneration,
@@ -46,29 +44,22 @@ from ndif_client.wire.graph import (
     Held,
     HookPoint,
     Invoke,
-    Keep,
     Log,
     Node,
     Parameter,
-    ReadGradient,
     ReadHook,
     Ref,
     Save,
     Source,
     Steps,
-    WriteGradient,
     WriteHook,
     references,
 )
 from ndif_client.wire.messages import HookInfo
-from ndif_client.wire.tensors import TensorSpec, export_array
 
 if TYPE_CHECKING:
     from ndif_client.facts import Facts
-    from ndif_client.held import Handle, Holder
-
-#: Arrays of one trace: a frame has no more buffers.
-_MAX_CONSTANTS = FrameLimits().max_buffers
+    from ndif_client.held import Holder
 
 #: Characters of a saved value's name.
 _MAX_NAME = 256
@@ -90,30 +81,31 @@ class Origin:
     has_ended: bool = False
     failure: BaseException | None = None
 
+    @property
+    def is_over(self) -> bool:
+        """Whether it has ended, well or not."""
+        return self.has_ended or self.failure is not None
 
-class Recorder:
+
+class Recorder(Brought, Differentiated):
     """Collects the nodes of one trace in the order the user writes them.
 
     Attributes:
         invokes: the prompts, one entry an invoke.
         invoke: which of them reads and writes belong to now; None outside of all.
         block: the generation steps that nodes are recorded for now.
-        buffers: the bytes of the constants, copied when they were recorded.
         names: what the saved values are called; a name may stand for a list or dict of them.
         result: what came back, once it has.
         holder: what its session holds on the server.
         origin: how far it is.
-        used, kept: handles of the held values that it uses, and of those that it keeps, by name.
         seed: of the random operations.
         generates: whether it is about a generation.
-        edits: whether it is about an edit, which nothing comes back from.
-        backward: number of the node whose gradients `.grad` means now.
         lines: of the user's program, that its nodes come from.
-        guards: the conditions that they run under.
 
     Args:
         request: its id.
-        holder, seed, generates, edits: as above.
+        holder, seed, generates: as above.
+        edits: whether it is about an edit, which nothing comes back from.
     """
 
     def __init__(
@@ -125,16 +117,14 @@ class Recorder:
         generates: bool = False,
         edits: bool = False,
     ) -> None:
+        super().__init__()
         self.holder = holder
         self.origin = Origin(request)
         self.seed = seed
         self.edits = edits
-        self.used: dict[str, Handle] = {}
-        self.kept: dict[str, Handle] = {}
         self.invokes: list[Invoke] = []
         self.invoke: int | None = None
         self.block = PREFILL_BLOCK
-        self.buffers: list[bytes] = []
         self.names: dict[str, Layout] = {}
         #: who is told of the lines that a node writes
         self.logs: dict[int, Callable[[str], object]] = {}
@@ -146,34 +136,20 @@ class Recorder:
         self._failure: BaseException | None = None
         self.closed_at: Source | None = None
         self.generates = generates
-        self.backward: int | None = None
-        #: lines that use tensors of this machine which require gradients
-        self.local_gradients: list[Source] = []
-        #: numbers of all of them
-        self.backwards: list[int] = []
         self._opened_block: Source | None = None
         self.lines = Lines()
         self.guards = Guards()
         self._skips = Skips()
         self._opened_with_gradients = False
         self._detached: dict[tuple[int, int, Block], int] = {}
-        self._nodes: list[Node] = []
-        self._blocks: list[Block] = []
         self._steps_used: set[Steps] = {PREFILL}
         self._moments = Moments()
-        self._constants: dict[tuple[str, tuple[int, ...]], list[int]] = {}
-        self._parameters: dict[str, int] = {}
-        self._held: dict[str, int] = {}
-        self._keeps: dict[str, int] = {}
-        #: for each name, the nodes that keep something as that, and what
-        self._kept_as: dict[str, list[tuple[int, int]]] = {}
         self._ends = False
         self._saves: dict[int, int] = {}
         self._write_orders: dict[int, int] = {}
         self._last_writes: dict[tuple[HookPoint, int], dict[Steps, int]] = {}
         self._reads: dict[tuple[HookPoint, int, int | None], int] = {}
         self._first_reads: dict[int, int] = {}
-        self._gradient_writes: dict[tuple[int, int], int] = {}
 
     @property
     def failure(self) -> BaseException | None:
@@ -235,7 +211,7 @@ class Recorder:
                 "be nested; end that one first",
                 other=self._opened_block,
             )
-        before = self._variables() if not block.steps.single else {}
+        before = {} if block.steps.single else variables(self)
         self._steps_used.add(block.steps)
         if len(self._steps_used) > MAX_STEP_BLOCKS:
             raise LimitError(
@@ -246,45 +222,9 @@ class Recorder:
         first = len(self._nodes)
         try:
             yield
-            self._check_carried(before, first)
+            check_carried(self, before, first)
         finally:
             self.block, self._opened_block = PREFILL_BLOCK, None
-
-    def _variables(self) -> dict[str, int]:
-        """Return the nodes that the user's variables stand for."""
-        frame = user_frame()
-        held = {} if frame is None else dict(frame.f_locals)
-        return {
-            name: value._node
-            for name, value in held.items()
-            if getattr(value, "_recorder", None) is self and hasattr(value, "_node")
-        }
-
-    def _check_carried(self, before: dict[str, int], first: int) -> None:
-        """Refuse a variable that is made of its own value before the block: `total = total + h`."""
-        for name, node in self._variables().items():
-            earlier = before.get(name)
-            if earlier is None or node < first or earlier not in self._made_from(node, first):
-                continue
-            raise graph_error(
-                f"{name!r} is made of its own value before this block: steps are recorded once, so "
-                "nothing is carried from step to step. Save what each step makes, and join that "
-                "afterwards; or give it another name, if it is to begin anew at every step",
-                OrderError,
-                source=self.source_of(node),
-            )
-
-    def _made_from(self, node: int, first: int) -> set[int]:
-        """Return what a node is made from, by way of nodes from `first` on."""
-        found, waiting = set(), [node]
-        while waiting:
-            number = waiting.pop()
-            for used in references(self._nodes[number]):
-                if used not in found:
-                    found.add(used)
-                    if used >= first:
-                        waiting.append(used)
-        return found
 
     @contextmanager
     def under(self, condition: int, *, negated: bool = False) -> Iterator[None]:
@@ -452,43 +392,6 @@ class Recorder:
                 )
         self._skips.add(path, invoke, steps)
 
-    # ------------------------------------------------------------ gradients
-
-    def differentiate(self, loss: int, gradient: int | None) -> int:
-        """Record a backward; `.grad` means its gradients from now on."""
-        start = None if gradient is None else Ref(gradient)
-        self.backward = self.add(Backward(Ref(loss), start), AFTER_FORWARD)
-        self.backwards.append(self.backward)
-        self.warn_of_local_gradients()
-        return self.backward
-
-    def warn_of_local_gradients(self) -> None:
-        """Say that no gradient comes back to tensors of this machine that want one."""
-        if self.backwards and self.local_gradients:
-            first, self.local_gradients = self.local_gradients[0], []
-            warnings.warn(
-                "a tensor of this machine that requires a gradient is used in a trace with a "
-                "backward, where it is a constant: to train it, session.upload it and use the "
-                f"handle (ndif_client.optim); if it is none, give .detach()\n  at {first}",
-                UserWarning,
-                stacklevel=2,
-            )
-
-    def read_gradient(self, of: int) -> int:
-        """Record a read of a value's gradient and return the node's number."""
-        assert self.backward is not None
-        return self.add(ReadGradient(self.backward, Ref(of)), AFTER_FORWARD)
-
-    def write_gradient(self, backward: int, of: int, value: Argument) -> int:
-        """Record a write of a value's gradient and return the node's number."""
-        number = self.add(WriteGradient(backward, Ref(of), value), AFTER_FORWARD)
-        self._gradient_writes[backward, of] = number
-        return number
-
-    def last_gradient_write(self, backward: int, of: int) -> int | None:
-        """Return the number of the last write of a value's gradient."""
-        return self._gradient_writes.get((backward, of))
-
     def attends_at(self, steps: Steps) -> bool:
         """Whether something is read at these steps that grows with every one of them."""
         reads = [
@@ -517,85 +420,6 @@ class Recorder:
     def has_effects(self) -> bool:
         """Whether a hook point is written, a value kept, a line logged, or the generation ended."""
         return bool(self._last_writes or self._keeps or self.logs or self._ends)
-
-    def constant(self, value: Any) -> Ref:
-        """Record a copy of an array or tensor; equal ones are sent once.
-
-        Raises:
-            TypeError: it has a dtype that can't be sent.
-        """
-        name, shape, raw = export_array(value)
-        return Ref(self.constant_bytes(name, shape, bytes(raw)))
-
-    def constant_bytes(self, name: str, shape: tuple[int, ...], data: bytes) -> int:
-        """Record an array given by dtype, shape and bytes; return the node's number."""
-        known = self._constants.setdefault((name, shape), [])
-        for number in known:
-            node = self._nodes[number]
-            assert isinstance(node, Constant)
-            if self.buffers[node.tensor.buffer] == data:
-                return number
-        if len(self.buffers) >= _MAX_CONSTANTS:
-            raise LimitError(
-                f"a trace brings at most {_MAX_CONSTANTS} arrays along; stack them into fewer"
-            )
-        spec = msgspec.convert(
-            {"dtype": name, "shape": shape, "buffer": len(self.buffers)}, TensorSpec
-        )
-        number = self.add(Constant(spec))
-        self.buffers.append(data)
-        known.append(number)
-        return number
-
-    def parameter(self, path: str) -> int:
-        """Record a parameter, once."""
-        if path not in self._parameters:
-            self._parameters[path] = self.add(Parameter(path))
-        return self._parameters[path]
-
-    def held(
-        self, handle: Handle, otherwise: int | None = None, *, before: int | None = None
-    ) -> int:
-        """Record that a held value is used, once; what this trace keeps is used as it is here.
-
-        Args:
-            handle: of the value.
-            otherwise: number of the node that stands for it where nothing is held.
-            before: number of a node; what the trace has kept after that is passed over.
-        """
-        name = handle.name
-        for keep, value in reversed(self._kept_as.get(name, [])):
-            if before is None or keep < before:
-                return value
-        if name not in self._held:
-            begin = None if otherwise is None else Ref(otherwise)
-            self._held[name] = self.add(Held(name, begin))
-            self.used[name] = handle
-        return self._held[name]
-
-    def keep(self, node: int, name: str) -> None:
-        """Record that a value is to be held on the server as `name`, when all has gone well.
-
-        Of a value that is made at several steps, that of the last is held.
-
-        Raises:
-            GraphError: it is made in an edit or in some cases only.
-        """
-        if self.edits:
-            raise graph_error("nothing stays from an edit, so nothing can be kept in it")
-        if self.guards.of[node] or self.guards.now:
-            raise graph_error(
-                "what is kept must be made in any case, so it can't be kept in a `when` block; "
-                "keep what trace.choose(...) gives"
-            )
-        number = self.add(Keep(Ref(node), name), block=self._blocks[node])
-        if name in self._keeps:
-            # The last one counts, as with a variable; the node of the other comes to nothing.
-            earlier = self._nodes[self._keeps[name]]
-            assert isinstance(earlier, Keep)
-            self._nodes[self._keeps[name]] = Apply("detach", [earlier.value])
-        self._keeps[name] = number
-        self._kept_as.setdefault(name, []).append((number, node))
 
     def save(self, node: int) -> int:
         """Record that a value is to be sent back, once; return the number of the save.
