@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -51,7 +51,7 @@ _IN_PLACE = frozenset(
 
 #: Functions of torch.linalg that the catalogue has under other names.
 _LINALG = {"cross": "linalg_cross", "diagonal": "linalg_diagonal", "matmul": "matmul",
-           "norm": "linalg_norm"}  # fmt: skip
+           "matrix_exp": "matrix_exp", "norm": "linalg_norm"}  # fmt: skip
 
 #: Operations of torch.linalg that torch itself offers too, and means the same by.
 _SAME_IN_TORCH = frozenset(("det", "logdet", "matrix_power", "slogdet"))
@@ -99,6 +99,9 @@ def torch_function(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, An
     if function is getattr(sys.modules.get("torch.autograd"), "grad", None):
         found: Any = _autograd_grad(*args, **kwargs)
         return found  # type: ignore[no-any-return]
+    if name == "svd":
+        found = _svd(*args, **kwargs)
+        return found  # type: ignore[no-any-return]
     op = _entry(name)
     if op is None:
         raise graph_error(
@@ -130,6 +133,22 @@ def _autograd_grad(
     several = isinstance(inputs, tuple | list)
     with losses[0].backward(starts[0], retain_graph, create_graph):
         return tuple(value.grad for value in (inputs if several else [inputs]))
+
+
+class _Decomposed(NamedTuple):
+    """What `torch.svd` returns."""
+
+    U: Proxy
+    S: Proxy
+    V: Proxy
+
+
+def _svd(input: Any, some: bool = True, compute_uv: bool = True) -> Any:
+    """Record `torch.svd`: of the decomposition as torch.linalg has it, V is what Vh is turned."""
+    left, values, right = apply_op("svd", (input,), {"full_matrices": not some})
+    if not compute_uv:
+        raise graph_error("torch.svd(compute_uv=False): take torch.linalg.svdvals")
+    return _Decomposed(left, values, right.mT)
 
 
 def _entry(name: str) -> Op | None:
@@ -299,6 +318,7 @@ def _install_all() -> None:
     _install("zero_", _zero)
     _install("fill_", _fill())
     _install("copy_", _fill())
+    _install("svd", _svd)
 
 
 #: numpy's functions of elements -> the catalogue's, where the names differ.

@@ -284,7 +284,7 @@ class Proxy(Sized, MethodTypes):
             return len(facts_of(self).items or ())
         shape = self.shape
         if not shape:
-            raise TypeError("len() of a value of one number")
+            raise _unknown(self, "__float__")
         return int(shape[0])
 
     @property
