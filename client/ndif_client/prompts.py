@@ -89,10 +89,16 @@ def _unpadded(encoding: Mapping[str, Any]) -> list[str | list[int]]:
         masks = [masks]
     if [len(row) for row in rows] != [len(own) for own in masks]:
         raise graph_error("attention_mask has not the shape of input_ids")
-    return [
-        [token for token, kept in zip(row, own, strict=True) if kept]  # type: ignore[misc]
-        for row, own in zip(rows, masks, strict=True)
-    ]
+    return [_between(row, own) for row, own in zip(rows, masks, strict=True)]
+
+
+def _between(row: str | list[int], mask: Sequence[int]) -> list[int]:
+    """Return the ids between the padding before and after them."""
+    kept = [place for place, counts in enumerate(mask) if counts]
+    if not kept or kept[-1] - kept[0] + 1 != len(kept):
+        raise graph_error("attention_mask leaves out more than padding before and after a prompt")
+    assert not isinstance(row, str)
+    return row[kept[0] : kept[-1] + 1]
 
 
 def _chats(messages: Any) -> list[Chat]:

@@ -51,6 +51,8 @@ async def test_what_a_tokenizer_returns_is_a_prompt(session: Session, folder: Pa
     one = tokenizer(texts[0], return_tensors="pt")
     result = await session.trace(one, lambda m: {"h": m.layers[1].resid})
     assert result.h.shape == (1, one.input_ids.shape[1], 48)
+    with pytest.raises(errors.GraphError, match="more than padding"):
+        session.trace({"input_ids": IDS, "attention_mask": [1, 1, 0, 1, 1]})
     with pytest.raises(errors.GraphError, match="has input_ids"):
         session.trace({"text": "no"})
     one_each = pytest.raises(errors.GraphError, match="every invoke has one of its own")
