@@ -134,7 +134,11 @@ def test_random_gradients_in_one_forward_equal_plain_autograd_alone(
     sites = [
         site
         for site in engine.blueprint.table.sites.values()
-        if site.dtype.is_floating_point and not site.point.operation and "rotary" not in str(site)
+        if site.dtype.is_floating_point
+        and not site.point.operation
+        # What is masked in scores overflows as soon as anything is computed with it.
+        and site.point.port != "scores"
+        and "rotary" not in str(site)
     ]
     authors = [GradientAuthor(seed, sites) for seed in seeds]
     requests = [Request(author.recorder, author.invokes) for author in authors]
@@ -151,7 +155,6 @@ def test_random_gradients_in_one_forward_equal_plain_autograd_alone(
             found = saved(result, buffers)
             assert found.keys() == wanted.keys()
             for node, value in found.items():
-                # What is masked in scores is huge.
                 torch.testing.assert_close(
                     value, wanted[node], rtol=1e-7, atol=100 * EXACT, equal_nan=True
                 )
