@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import random
+import socket
 import sys
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from contextlib import suppress
 from http import HTTPStatus
 from pathlib import Path
 
-from tests.integration.slurm.cluster import SlurmCluster, free_ports
+from tests.integration.slurm.cluster import SlurmCluster
 from tests.integration.slurm.processes import processes_with, wait_for_none
 
 SCRIPTS = Path(__file__).parents[3] / "deploy" / "slurm"
@@ -24,6 +27,16 @@ _ON_THIS_MACHINE = {
 
 #: Submits a script by name, with flags for sbatch and variables for the script.
 Submit = Callable[..., "ServerJob"]
+
+
+def _free_pair() -> int:
+    """Return a port that is free, as is the next: none of those that connections are given."""
+    while True:
+        port = random.randrange(15_000, 31_000, 2)
+        with socket.socket() as first, socket.socket() as second, suppress(OSError):
+            first.bind(("", port))
+            second.bind(("", port + 1))
+            return port
 
 
 class ServerJob:
@@ -48,7 +61,7 @@ class ServerJob:
         environment = {
             "PATH": f"{Path(sys.executable).parent}:/usr/sbin:/usr/bin:/sbin:/bin",
             "SITE_RUN_DIR": str(cluster.folder / "run"),
-            "SITE_PORT": str(free_ports(1)[0]),
+            "SITE_PORT": str(_free_pair()),
             **_ON_THIS_MACHINE,
             **variables,
         }
