@@ -84,26 +84,22 @@ def write_gradient(value: Value, gradient: Any) -> None:
     recorder.write_gradient(recorder.backward, of, encode_content(gradient, recorder))
 
 
-def influences(recorder: Recorder, value: Value, backward: int) -> bool:
-    """Whether what is differentiated in a backward depends on a value, as the server sees it."""
-    influenced = {value._node}
-    reached: set[int] = set()  # invokes whose rows depend on it by now
-    loss = -1
-    for number, node in recorder.nodes_in_order():
-        if number == backward:
-            assert isinstance(node, Backward)
-            loss = node.loss.node
-        if number in influenced and isinstance(node, ReadHook):
-            reached.add(node.invoke)
-        elif isinstance(node, ReadHook):
-            influenced |= {number} if node.invoke in reached else set()
-        elif isinstance(node, ReadGradient):
+def influencing(recorder: Recorder, backward: int) -> set[int]:
+    """Return the nodes that the loss of a backward depends on, as the server sees it."""
+    node = recorder.node(backward)
+    assert isinstance(node, Backward)
+    found = {node.loss.node}
+    invokes: set[int] = set()  # in whose rows something is looked at later
+    for number, node in reversed(recorder.nodes_in_order()):
+        if isinstance(node, WriteHook):
+            found.update(references(node) if node.invoke in invokes else ())
+        elif number not in found or isinstance(node, ReadGradient):
             continue
-        elif isinstance(node, WriteHook):
-            reached |= {node.invoke} if influenced & set(references(node)) else set()
+        elif isinstance(node, ReadHook):
+            invokes.add(node.invoke)
         elif not (isinstance(node, Apply) and _cuts(node.op)):
-            influenced |= {number} if influenced & set(references(node)) else set()
-    return loss in influenced
+            found.update(references(node))
+    return found
 
 
 def _cuts(name: str) -> bool:

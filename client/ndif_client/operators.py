@@ -123,9 +123,14 @@ def _autograd_grad(
     grad_outputs: Any = None,
     retain_graph: bool | None = None,
     create_graph: bool = False,
-    **_: Any,
+    only_inputs: bool = True,
+    allow_unused: bool | None = None,
+    is_grads_batched: bool = False,
+    materialize_grads: bool = False,
 ) -> Any:
     """Record `torch.autograd.grad`: one backward, and the gradients of these values in it."""
+    if is_grads_batched:
+        raise graph_error("torch.autograd.grad(is_grads_batched=True): take one backward for each")
     losses = outputs if isinstance(outputs, tuple | list) else [outputs]
     starts = grad_outputs if isinstance(grad_outputs, tuple | list) else [grad_outputs]
     if len(losses) != 1:

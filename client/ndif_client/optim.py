@@ -24,7 +24,7 @@ from typing import Any
 
 from ndif_client import ops
 from ndif_client.errors import ClosedTraceError, graph_error
-from ndif_client.gradients import BackwardBlock, influences
+from ndif_client.gradients import BackwardBlock, influencing
 from ndif_client.held import Handle
 from ndif_client.proxy import Proxy
 from ndif_client.recorder import Recorder, current_recorder
@@ -42,7 +42,7 @@ class Optimizer:
         parameters: the held values that it changes, of all groups.
     """
 
-    #: What is held beside a parameter that is about to change for the first time.
+    #: What is held beside each parameter.
     _state_names: tuple[str, ...] = ()
 
     def __init__(
@@ -107,7 +107,8 @@ class Optimizer:
             The norm that they have together.
         """
         recorder = self._open()
-        gradients = [self._gradient(recorder, parameter) for parameter in self.parameters]
+        backwards = self._backwards(recorder)
+        gradients = [self._gradient(recorder, p, backwards) for p in self.parameters]
         norms = ops.stack([ops.vector_norm(gradient, norm_type) for gradient in gradients])
         total: Proxy = ops.vector_norm(norms, norm_type)
         self._scale = (max_norm / (total + 1e-6)).clamp(max=1.0)
@@ -122,9 +123,10 @@ class Optimizer:
         recorder = self._open()
         recorder.check_open()
         scale, self._scale = self._scale, None
+        backwards = self._backwards(recorder)
         for group in self.param_groups:
             for parameter in group["params"]:
-                gradient = self._gradient(recorder, parameter)
+                gradient = self._gradient(recorder, parameter, backwards)
                 if scale is not None:
                     gradient = gradient * scale.type_as(gradient)
                 if group["maximize"]:
@@ -140,18 +142,23 @@ class Optimizer:
             self._forgotten, self._scale = 0, None
         return recorder
 
-    def _gradient(self, recorder: Recorder, parameter: Handle) -> Any:
-        """Return the sum of a parameter's gradients in the backwards that count."""
+    def _backwards(self, recorder: Recorder) -> dict[int, set[int]]:
+        """Return the backwards that count, and the nodes that the loss of each depends on."""
         backwards = recorder.backwards[self._forgotten :]
         if not backwards:
             raise graph_error(
                 "there is no backward before this step: call loss.backward() first, in its trace"
             )
-        values = [Proxy(recorder, recorder.held(parameter, before=b)) for b in backwards]
-        pairs = list(zip(backwards, values, strict=True))
-        if len(pairs) > 1:
-            # A loss that has nothing to do with a parameter adds nothing to its gradient.
-            pairs = [(b, v) for b, v in pairs if influences(recorder, v, b)] or pairs[-1:]
+        return {backward: influencing(recorder, backward) for backward in backwards}
+
+    def _gradient(
+        self, recorder: Recorder, parameter: Handle, backwards: Mapping[int, set[int]]
+    ) -> Any:
+        """Return the sum of a parameter's gradients in the backwards that count."""
+        pairs = [(b, Proxy(recorder, recorder.held(parameter, before=b))) for b in backwards]
+        # A loss that has nothing to do with a parameter adds nothing to its gradient; if none has,
+        # the server says so.
+        pairs = [(b, v) for b, v in pairs if v._node in backwards[b]] or pairs[-1:]
         total: Any = None
         for backward, value in pairs:
             with BackwardBlock(recorder, backward):
@@ -193,6 +200,8 @@ class SGD(Optimizer):
         state: what to go on from: the `state` of another one, as it was downloaded and uploaded.
     """
 
+    _state_names = ("momentum", "steps")
+
     def __init__(
         self,
         parameters: Parameters,
@@ -209,7 +218,6 @@ class SGD(Optimizer):
             "lr": lr, "momentum": momentum, "dampening": dampening, "weight_decay": weight_decay,
             "nesterov": nesterov, "maximize": maximize,
         }  # fmt: skip
-        self._state_names = ("momentum", "steps")
         super().__init__(parameters, options, state)
 
     def _check(self, group: Mapping[str, Any]) -> None:

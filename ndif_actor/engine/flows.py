@@ -36,7 +36,7 @@ def find_flows(model: PreTrainedModel, *, packed: bool) -> frozenset[HookPoint]:
 
     seen: Recording = {}
     embedding = model.get_input_embeddings()
-    handle = embedding.register_forward_hook(_differentiable)
+    handle = embedding.register_forward_hook(differentiable)
     try:
         with torch.enable_grad(), recording_moments(model, seen, keep):
             hookpoints.run(model, _TOKENS, packed=packed)
@@ -45,5 +45,6 @@ def find_flows(model: PreTrainedModel, *, packed: bool) -> frozenset[HookPoint]:
     return frozenset(found)
 
 
-def _differentiable(module: torch.nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+def differentiable(module: torch.nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+    """Be the hook of an embedding: let autograd follow what the model makes of its output."""
     return output.detach().requires_grad_()

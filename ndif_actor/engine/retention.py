@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from ndif_actor.engine import adapter, hookpoints
+from ndif_actor.engine.flows import differentiable
 from ndif_actor.engine.moments import Moment
 from ndif_client.wire.graph import Port
 
@@ -92,7 +93,7 @@ def _kept(model: PreTrainedModel, table: hookpoints.HookTable, tokens: int) -> C
 
     with ExitStack() as stack:
         embedding = model.get_input_embeddings()
-        stack.callback(embedding.register_forward_hook(_differentiable).remove)
+        stack.callback(embedding.register_forward_hook(differentiable).remove)
         for path, module in model.named_modules():
             stack.callback(module.register_forward_pre_hook(clock.listener(path, "input")).remove)
             stack.callback(module.register_forward_hook(clock.listener(path, "output")).remove)
@@ -149,7 +150,3 @@ class _Clock:
             self.now = self._moments.get(moment, self.now)
 
         return listen
-
-
-def _differentiable(module: torch.nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
-    return output.detach().requires_grad_()

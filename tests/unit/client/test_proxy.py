@@ -317,6 +317,7 @@ IMPOSSIBLE: list[tuple[Callable[[Any], Any], str]] = [
     (lambda h: torch.linalg.solve(h, h, left=False), "no argument 'left'"),
     (lambda h: F.mse_loss(h, h, reduce=False), "no argument 'reduce'"),
     (lambda h: h.qr(), r"use ops\.qr"),
+    (lambda h: torch.autograd.grad(h, h, h, is_grads_batched=True), "one backward for each"),
     (lambda h: h.register_hook(print), r"inside of `with loss\.backward"),
     (lambda h: f"{h:.2f}", "its number"),
     (lambda h: torch.ones(6).add_(h), "tensor of this machine can't be changed"),
